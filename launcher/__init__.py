@@ -1,0 +1,1 @@
+"""Starts and supervises the router and the shards."""

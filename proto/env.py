@@ -1,0 +1,232 @@
+"""How a process reads its settings: one dataclass field per setting, flags over environment.
+
+A field `max_input_tokens` is the environment variable `MAX_INPUT_TOKENS` and the flag
+`--max-input-tokens`. Each default is written once, in the field, with its unit, range and help.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has an unusable value. The message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingSpec:
+    """What is known about one setting besides its default."""
+
+    doc: str
+    parse: Callable[[str], Any]
+    aliases: tuple[str, ...] = ()  # other environment names, upper case
+    secret: bool = False  # never printed
+
+
+def setting(
+    default: Any,
+    doc: str,
+    parse: Callable[[str], Any] = str,
+    *,
+    aliases: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """One documented dataclass field; README's table and `--help` are generated from these."""
+    spec = SettingSpec(doc, parse, aliases, secret)
+    return dataclasses.field(default=default, metadata={"setting": spec})
+
+
+def integer(minimum: int = 0, maximum: int | None = None) -> Callable[[str], int]:
+    """A parser for whole numbers in [minimum, maximum]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+        if value < minimum or (maximum is not None and value > maximum):
+            limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise ValueError(f"must be {limit}")
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float | None = None) -> Callable[[str], float]:
+    """A parser for finite numbers in [minimum, maximum]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("must be a number") from None
+        if not minimum <= value <= (float("inf") if maximum is None else maximum) or value in (
+            float("inf"),
+        ):
+            limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise ValueError(f"must be a finite number, {limit}")
+        return value
+
+    return parse
+
+
+def choice(*values: str) -> Callable[[str], str]:
+    """A parser that takes one of `values`."""
+
+    def parse(text: str) -> str:
+        if text not in values:
+            raise ValueError(f"must be one of {', '.join(values)}")
+        return text
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """Parse true/false, 1/0, yes/no, on/off in any case."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "1", "yes", "on"):
+        return True
+    if lowered in ("false", "0", "no", "off", ""):
+        return False
+    raise ValueError("must be true or false")
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    """Parse `a,b,c`; spaces around items are dropped, empty items too."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def fields_of(cls: type[Any]) -> Iterable[tuple[str, Any, SettingSpec]]:
+    """(field name, default, spec) of every setting of a settings dataclass."""
+    for field in dataclasses.fields(cls):
+        yield field.name, field.default, field.metadata["setting"]
+
+
+def environment_names(*classes: type[Any]) -> frozenset[str]:
+    """Every environment variable the given settings classes understand."""
+    return frozenset(
+        name
+        for cls in classes
+        for field, _, spec in fields_of(cls)
+        for name in (field.upper(), *spec.aliases)
+    )
+
+
+def read_settings(cls: type[T], environ: Mapping[str, str]) -> T:
+    """Build `cls` from environment variables; an empty value counts as absent.
+
+    Args:
+        cls: a frozen dataclass whose fields are made with `setting`.
+        environ: usually `os.environ`; passed in so that tests need no monkeypatching.
+
+    Raises:
+        SettingsError: a value cannot be parsed, or a name and its alias disagree.
+    """
+    values: dict[str, Any] = {}
+    for field, _, spec in fields_of(cls):
+        given = {n: environ[n] for n in (field.upper(), *spec.aliases) if environ.get(n)}
+        if len(set(given.values())) > 1:
+            both = " and ".join(f"{name}={text!r}" for name, text in given.items())
+            raise SettingsError(f"{both} mean the same setting; keep one of them.")
+        for name, text in given.items():
+            shown = "..." if spec.secret else repr(text)
+            try:
+                values[field] = spec.parse(text)
+            except ValueError as error:
+                raise SettingsError(f"{name}={shown} {error}.") from None
+    return cls(**values)
+
+
+def parse_flags(
+    program: str, description: str, classes: Sequence[type[Any]], arguments: Sequence[str]
+) -> dict[str, str]:
+    """Command-line flags as environment variables, so that one reader checks both.
+
+    Prints help and exits 0 on `--help`; exits 2 on a flag that does not exist, naming the nearest.
+    """
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    seen: set[str] = set()
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        for field, default, spec in fields_of(cls):
+            if field not in seen:
+                seen.add(field)
+                _add_flag(group, field, default, spec)
+    given = vars(parser.parse_args(list(arguments)))
+    return {field.upper(): text for field, text in given.items() if text is not None}
+
+
+def merged_environment(environ: Mapping[str, str], flags: Mapping[str, str], *classes: type[Any]) -> dict[str, str]:
+    """`environ` with `flags` laid over it; a flag also displaces the aliases of its setting."""
+    merged = dict(environ)
+    for cls in classes:
+        for field, _, spec in fields_of(cls):
+            if field.upper() in flags:
+                for alias in spec.aliases:
+                    merged.pop(alias, None)
+    merged.update(flags)
+    return merged
+
+
+def to_environment(settings: Any) -> dict[str, str]:
+    """The environment variables from which `read_settings` rebuilds `settings`."""
+    environ: dict[str, str] = {}
+    for field, default, _ in fields_of(type(settings)):
+        value = getattr(settings, field)
+        if value == default or value is None:
+            continue
+        if isinstance(value, tuple):
+            environ[field.upper()] = ",".join(value)
+        elif isinstance(value, bool):
+            environ[field.upper()] = "true" if value else "false"
+        else:
+            environ[field.upper()] = str(value)
+    return environ
+
+
+def near_misses(environ: Mapping[str, str], known: frozenset[str]) -> list[str]:
+    """Warnings about variables that look like a misspelt setting.
+
+    The environment belongs to everybody, so these are warnings, and only for close names.
+    """
+    warnings = []
+    for name in sorted(environ):
+        if name in known or len(name) < 6:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+        if near:
+            warnings.append(f"the environment has {name}, which is no setting. Did you mean {near[0]}?")
+    return warnings
+
+
+def _add_flag(group: Any, field: str, default: Any, spec: SettingSpec) -> None:
+    names = ["--" + field.replace("_", "-")]
+    names += ["--" + alias.lower().replace("_", "-") for alias in spec.aliases]
+    shown = "" if default in (None, "", ()) else f" [default: {default}]"
+    text = f"{spec.doc}{shown} [env: {field.upper()}]".replace("%", "%%")
+    extra: dict[str, Any] = {"nargs": "?", "const": "true"} if spec.parse is boolean else {}
+    group.add_argument(*names, dest=field, metavar="VALUE", help=text, **extra)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an unknown flag is answered with the nearest known one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else " See --help."
+            self.error(f"there is no {unknown[0]}.{hint}")
+        return known
+
+
+def process_environment() -> dict[str, str]:
+    """A copy of this process's environment. Called from `main` functions only."""
+    return dict(os.environ)

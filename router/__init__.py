@@ -1,0 +1,1 @@
+"""HTTP requests in, steps for the shards out."""

@@ -1,0 +1,91 @@
+"""Every failure the router reports, and what its client sees.
+
+    RouterError
+      ValidationError    422  the request itself is wrong; retrying will not help
+        MalformedBody    400  not JSON
+        PayloadTooLarge  413  more bytes than PAYLOAD_LIMIT
+      Unauthorized       401  no or a wrong key
+      NotFound           404  no such route or model
+      OverloadedError    429  no room now; retry later
+      GenerationError    424  a step failed on a shard; this request is lost, the server is not
+      NotReadyError      503  still loading, draining, or the shards are gone
+
+`error_type` values are those text-generation-inference's clients switch on. Messages say what was
+wrong, the value, the limit and what to change; they never hold a path, an address, a traceback or
+the client's own payload.
+"""
+
+from typing import ClassVar
+
+
+class RouterError(Exception):
+    """A failure that is safe to show to the client, with a message that says what to do."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal"
+
+
+class ValidationError(RouterError):
+    """The request cannot be served as it is."""
+
+    status = 422
+    error_type = "validation"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"Input validation error: {detail}")
+
+
+class MalformedBody(ValidationError):
+    """The body is not what its route reads."""
+
+    status = 400
+
+
+class PayloadTooLarge(ValidationError):
+    """The body has more bytes than the server reads."""
+
+    status = 413
+
+
+class TemplateError(ValidationError):
+    """The chat template is absent or refuses these messages."""
+
+    error_type = "template_error"
+
+
+class Unauthorized(RouterError):
+    """The request carries no valid key."""
+
+    status = 401
+    error_type = "unauthorized"
+
+
+class NotFound(RouterError):
+    """There is nothing at this address."""
+
+    status = 404
+    error_type = "not_found"
+
+
+class OverloadedError(RouterError):
+    """The queue is full."""
+
+    status = 429
+    error_type = "overloaded"
+
+
+class GenerationError(RouterError):
+    """A shard failed while this request was running."""
+
+    status = 424
+    error_type = "generation"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"Request failed during generation: {cause}")
+
+
+class NotReadyError(RouterError):
+    """The server cannot generate now."""
+
+    status = 503
+    error_type = "healthcheck"

@@ -1,0 +1,1 @@
+"""One tensor-parallel rank of a model on one device."""

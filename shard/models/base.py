@@ -1,0 +1,58 @@
+"""What the engine needs of a model, and what a model needs of its rank."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tessera.shard.backends.base import Backend, LayerCache, StepLayout
+from tessera.shard.parallel import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model lives: its device's operations, its rank's group, its arithmetic."""
+
+    backend: Backend
+    group: Group
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTiles:
+    """One picture as the router cut it."""
+
+    tiles: Tensor  # uint8 [num_tiles, side, side, 3] on the host, the overview first
+    height: int  # of the original picture, pixels
+    width: int
+
+
+class Model(Protocol):
+    """A decoder on one rank. Loaded and packed; holds no state of any sequence."""
+
+    num_layers: int
+    num_kv_heads: int  # on this rank
+    head_size: int
+    vocab_size: int  # ids below this may be sampled
+    max_positions: int
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Embeddings x_TD of token ids."""
+        ...
+
+    def encode_images(self, images: list[ImageTiles]) -> list[Tensor]:
+        """Features [tokens_i, D] of each picture, all tiles in one pass of the vision tower.
+
+        As many rows as the image layout of the configuration counts. Raises TypeError for text
+        models (the router never sends them images).
+        """
+        ...
+
+    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+        """The hidden states [T, D] after the last norm; writes the KV cache of this step."""
+        ...
+
+    def logits(self, hidden_RD: Tensor) -> Tensor | None:
+        """float32 [R, vocab_size] on rank 0, None on the others."""
+        ...
