@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ class SettingSpec:
     parse: Callable[[str], Any]
     aliases: tuple[str, ...] = ()  # other environment names, upper case
     secret: bool = False  # never printed
+    internal: bool = False  # the launcher tells its children; people need not know it
 
 
 def setting(
@@ -36,9 +38,10 @@ def setting(
     *,
     aliases: tuple[str, ...] = (),
     secret: bool = False,
+    internal: bool = False,
 ) -> Any:
     """One documented dataclass field; README's table and `--help` are generated from these."""
-    spec = SettingSpec(doc, parse, aliases, secret)
+    spec = SettingSpec(doc, parse, aliases, secret, internal)
     return dataclasses.field(default=default, metadata={"setting": spec})
 
 
@@ -97,6 +100,35 @@ def boolean(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def byte_size(text: str) -> int:
+    """Parse docker's sizes: `8g`, `64m`, `1073741824`; units are powers of 1024, `8gb` is `8g`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ValueError("must be a size such as 64m or 8g")
+    return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+LOG_LEVELS = {
+    "trace": "debug",
+    "debug": "debug",
+    "info": "info",
+    "warn": "warning",
+    "warning": "warning",
+    "error": "error",
+}
+
+
+def level_name(text: str) -> str:
+    """Parse a log level. Of a filter such as `info,router=debug` the part for everything counts."""
+    words = [part.strip().lower() for part in text.split(",") if "=" not in part]
+    if not words or words[0] not in LOG_LEVELS:
+        raise ValueError("must be one of debug, info, warning, error")
+    return LOG_LEVELS[words[0]]
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     """Parse `a,b,c`; spaces around items are dropped, empty items too."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
@@ -144,32 +176,51 @@ def read_settings(cls: type[T], environ: Mapping[str, str]) -> T:
 
 
 def parse_flags(
-    program: str, description: str, classes: Sequence[type[Any]], arguments: Sequence[str]
+    program: str,
+    description: str,
+    classes: Sequence[type[Any]],
+    arguments: Sequence[str],
+    *,
+    internal: bool = True,
 ) -> dict[str, str]:
     """Command-line flags as environment variables, so that one reader checks both.
 
     Prints help and exits 0 on `--help`; exits 2 on a flag that does not exist, naming the nearest.
+
+    Args:
+        internal: also offer the settings that only the launcher gives to its children.
     """
-    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--flag VALUE]... (each flag is also an environment variable)"
+    parser = _Parser(prog=program, description=description, usage=usage, allow_abbrev=False)
     seen: set[str] = set()
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__)
+        group = parser.add_argument_group(_heading(cls))
         for field, default, spec in fields_of(cls):
-            if field not in seen:
+            if field not in seen and (internal or not spec.internal):
                 seen.add(field)
                 _add_flag(group, field, default, spec)
     given = vars(parser.parse_args(list(arguments)))
-    return {field.upper(): text for field, text in given.items() if text is not None}
+    return {
+        field.upper(): text if isinstance(text, str) else ",".join(text)
+        for field, text in given.items()
+        if text is not None
+    }
 
 
-def merged_environment(environ: Mapping[str, str], flags: Mapping[str, str], *classes: type[Any]) -> dict[str, str]:
-    """`environ` with `flags` laid over it; a flag also displaces the aliases of its setting."""
+def merged_environment(
+    environ: Mapping[str, str], flags: Mapping[str, str], *classes: type[Any]
+) -> dict[str, str]:
+    """`environ` with `flags` laid over it; a setting given above displaces its other names below.
+
+    `flags` may be any layer of names and texts, an environment file's for instance.
+    """
     merged = dict(environ)
     for cls in classes:
         for field, _, spec in fields_of(cls):
-            if field.upper() in flags:
-                for alias in spec.aliases:
-                    merged.pop(alias, None)
+            names = (field.upper(), *spec.aliases)
+            if any(flags.get(name) for name in names):
+                for name in names:
+                    merged.pop(name, None)
     merged.update(flags)
     return merged
 
@@ -179,15 +230,32 @@ def to_environment(settings: Any) -> dict[str, str]:
     environ: dict[str, str] = {}
     for field, default, _ in fields_of(type(settings)):
         value = getattr(settings, field)
-        if value == default or value is None:
-            continue
-        if isinstance(value, tuple):
-            environ[field.upper()] = ",".join(value)
-        elif isinstance(value, bool):
-            environ[field.upper()] = "true" if value else "false"
-        else:
-            environ[field.upper()] = str(value)
+        if value != default and value is not None:
+            environ[field.upper()] = _as_text(value)
     return environ
+
+
+def shown(settings: Any) -> dict[str, str]:
+    """What was set other than the default, for a log line: a secret shows only that it is set."""
+    given = to_environment(settings)
+    secrets = {field.upper() for field, _, spec in fields_of(type(settings)) if spec.secret}
+    return {name: "..." if name in secrets else text for name, text in given.items()}
+
+
+def settings_table(*classes: type[Any]) -> str:
+    """A Markdown table of every setting that people can give, for the README."""
+    rows = ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
+    seen: set[str] = set()
+    for cls in classes:
+        for field, default, spec in fields_of(cls):
+            if field in seen or spec.internal:
+                continue
+            seen.add(field)
+            names = ", ".join(f"`{name}`" for name in (field.upper(), *spec.aliases))
+            plain = "" if default in (None, "", ()) else f"`{_as_text(default)}`"
+            doc = spec.doc.replace("|", "\\|")
+            rows.append(f"| `--{field.replace('_', '-')}` | {names} | {plain} | {doc} |")
+    return "\n".join(rows) + "\n"
 
 
 def near_misses(environ: Mapping[str, str], known: frozenset[str]) -> list[str]:
@@ -201,16 +269,34 @@ def near_misses(environ: Mapping[str, str], known: frozenset[str]) -> list[str]:
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
         if near:
-            warnings.append(f"the environment has {name}, which is no setting. Did you mean {near[0]}?")
+            hint = f"Did you mean {near[0]}?"
+            warnings.append(f"the environment has {name}, which is no setting. {hint}")
     return warnings
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _heading(cls: type[Any]) -> str:
+    return (cls.__doc__ or cls.__name__).splitlines()[0].split(".")[0]
 
 
 def _add_flag(group: Any, field: str, default: Any, spec: SettingSpec) -> None:
     names = ["--" + field.replace("_", "-")]
     names += ["--" + alias.lower().replace("_", "-") for alias in spec.aliases]
-    shown = "" if default in (None, "", ()) else f" [default: {default}]"
-    text = f"{spec.doc}{shown} [env: {field.upper()}]".replace("%", "%%")
-    extra: dict[str, Any] = {"nargs": "?", "const": "true"} if spec.parse is boolean else {}
+    plain = "" if default in (None, "", ()) else f" [default: {_as_text(default)}]"
+    variables = ", ".join((field.upper(), *spec.aliases))
+    text = f"{spec.doc}{plain} [env: {variables}]".replace("%", "%%")
+    extra: dict[str, Any] = {}
+    if spec.parse is boolean:
+        extra = {"nargs": "?", "const": "true"}
+    elif spec.parse is comma_list:
+        extra = {"action": "append"}  # may be repeated
     group.add_argument(*names, dest=field, metavar="VALUE", help=text, **extra)
 
 
@@ -220,11 +306,16 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else " See --help."
-            self.error(f"there is no {unknown[0]}.{hint}")
+            self.error(self._complaint(unknown[0]))
         return known
+
+    def _complaint(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"{argument!r} stands alone; every value follows its flag. See --help."
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(argument.split("=")[0], flags, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else "See --help."
+        return f"there is no {argument.split('=')[0]}. {hint}"
 
 
 def process_environment() -> dict[str, str]:

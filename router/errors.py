@@ -4,10 +4,13 @@
       ValidationError    422  the request itself is wrong; retrying will not help
         MalformedBody    400  not JSON
         PayloadTooLarge  413  more bytes than PAYLOAD_LIMIT
+        UnsupportedBody  415  not declared as JSON, or compressed
       Unauthorized       401  no or a wrong key
       NotFound           404  no such route or model
+      MethodNotAllowed   405  the route exists, for another method
       OverloadedError    429  no room now; retry later
       GenerationError    424  a step failed on a shard; this request is lost, the server is not
+      IncompleteError    500  the tokens ended without a final one; a defect of this server
       NotReadyError      503  still loading, draining, or the shards are gone
 
 `error_type` values are those text-generation-inference's clients switch on. Messages say what was
@@ -31,8 +34,9 @@ class ValidationError(RouterError):
     status = 422
     error_type = "validation"
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, param: str | None = None) -> None:
         super().__init__(f"Input validation error: {detail}")
+        self.param = param  # the field at fault, where there is exactly one
 
 
 class MalformedBody(ValidationError):
@@ -45,6 +49,12 @@ class PayloadTooLarge(ValidationError):
     """The body has more bytes than the server reads."""
 
     status = 413
+
+
+class UnsupportedBody(ValidationError):
+    """The body is of a kind its route does not read."""
+
+    status = 415
 
 
 class TemplateError(ValidationError):
@@ -67,6 +77,13 @@ class NotFound(RouterError):
     error_type = "not_found"
 
 
+class MethodNotAllowed(RouterError):
+    """The address exists, but not for this method."""
+
+    status = 405
+    error_type = "method_not_allowed"
+
+
 class OverloadedError(RouterError):
     """The queue is full."""
 
@@ -82,6 +99,13 @@ class GenerationError(RouterError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"Request failed during generation: {cause}")
+
+
+class IncompleteError(RouterError):
+    """The token stream ended without saying why."""
+
+    status = 500
+    error_type = "incomplete_generation"
 
 
 class NotReadyError(RouterError):

@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from tessera.proto.env import SettingsError, boolean, comma_list, integer, number, setting
+from tessera.proto.env import (
+    SettingsError,
+    boolean,
+    comma_list,
+    integer,
+    level_name,
+    number,
+    setting,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,10 +19,15 @@ class RouterSettings:
 
     model_id: str = setting("", "hub id or local folder of the model; empty: the demo model")
     served_model_name: str = setting("", "name that replies carry; empty: MODEL_ID")
-    num_shard: int | None = setting(None, "tensor-parallel shards; empty: every visible device", integer(1, 64))
+    num_shard: int | None = setting(
+        None, "tensor-parallel shards; empty: every visible device", integer(1, 64)
+    )
     hostname: str = setting("0.0.0.0", "address the HTTP server listens on")
     port: int = setting(3000, "TCP port of the HTTP server; 0 picks a free one", integer(0, 65535))
-    shard_uds_path: str = setting("", "prefix of the shards' unix sockets; '-<rank>' is added")
+    shard_uds_path: str = setting(
+        "",
+        "prefix of the shards' unix sockets, '-<rank>' is added; empty: in a private folder",
+    )
     max_concurrent_requests: int = setting(
         128, "requests inside the server at once, waiting ones included; more get 429", integer(1)
     )
@@ -25,7 +38,9 @@ class RouterSettings:
         aliases=("MAX_INPUT_LENGTH",),
     )
     max_total_tokens: int | None = setting(
-        None, "longest prompt plus generation in tokens; empty: what model and cache hold", integer(2)
+        None,
+        "longest prompt plus generation in tokens; empty: what model and cache hold",
+        integer(2),
     )
     max_batch_prefill_tokens: int = setting(
         4096, "prompt tokens computed in one step; longer prompts are cut into chunks", integer(1)
@@ -46,23 +61,45 @@ class RouterSettings:
     max_best_of: int = setting(2, "largest best_of and n of a request", integer(1, 128))
     max_stop_sequences: int = setting(4, "stop sequences of a request", integer(0, 1024))
     max_top_n_tokens: int = setting(5, "alternatives reported per token", integer(0, 1024))
-    max_client_batch_size: int = setting(4, "prompts in one /v1/completions request", integer(1, 1024))
+    max_client_batch_size: int = setting(
+        4, "prompts in one /v1/completions request", integer(1, 1024)
+    )
     max_images: int = setting(16, "pictures in one request", integer(0, 1024))
     max_image_pixels: int = setting(
         89_478_485, "pixels of one picture, checked before it is decoded", integer(1)
     )
     payload_limit: int = setting(20_000_000, "bytes of one request body", integer(1))
-    validation_workers: int = setting(2, "threads that tokenise and decode pictures", integer(1, 256))
+    validation_workers: int = setting(
+        2, "threads that tokenise and decode pictures", integer(1, 256)
+    )
     tokenizer_config_path: str = setting("", "file that replaces the model's tokenizer_config.json")
     api_key: str = setting(
-        "", "bearer token that requests must carry; empty: none", aliases=("VALID_TOKEN",), secret=True
+        "",
+        "bearer token that requests must carry; empty: none",
+        aliases=("VALID_TOKEN",),
+        secret=True,
     )
-    cors_allow_origin: tuple[str, ...] = setting((), "origins browsers may call from; empty: any", comma_list)
+    cors_allow_origin: tuple[str, ...] = setting(
+        (), "origins browsers may call from; empty: any", comma_list
+    )
     graceful_termination_timeout: int = setting(
         90, "seconds that requests under way get to finish after SIGTERM", integer(0)
     )
-    log_level: str = setting("info", "debug, info, warning or error", str.lower)
+    log_level: str = setting("info", "debug, info, warning or error", level_name)
     json_output: bool = setting(False, "log lines as JSON", boolean)
+    http_socket_fd: int | None = setting(
+        None,
+        "descriptor of the listening HTTP socket, bound by the launcher before anything is loaded; "
+        "empty: the router binds HOSTNAME:PORT itself",
+        integer(0),
+        internal=True,
+    )
+    ready_fd: int | None = setting(
+        None,
+        "descriptor that gets the line `ready` once requests are answered; the router closes it",
+        integer(0),
+        internal=True,
+    )
 
     def __post_init__(self) -> None:
         if (

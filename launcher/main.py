@@ -1,0 +1,58 @@
+"""Entry point of the launcher: read the settings, set up the log, launch, turn errors into a line."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from tessera.launcher.devices import Machine, installed_version
+from tessera.launcher.errors import LaunchError
+from tessera.launcher.launch import launch
+from tessera.launcher.settings import Settings
+from tessera.proto.env import SettingsError, process_environment, shown
+from tessera.proto.lifeline import die_with_parent
+from tessera.proto.logs import configure_logging, escaped
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        The exit code: 0 after SIGTERM or SIGINT, 1 after an error. A wrong flag exits with 2.
+    """
+    die_with_parent(death=signal.SIGTERM)
+    environ = process_environment()
+    try:
+        settings = Settings.read(sys.argv[1:] if arguments is None else arguments, environ)
+        router = settings.router
+        configure_logging(router.log_level, router.json_output, background=True)
+        _log_start(settings)
+        launch(settings, Machine.here(settings.environ))
+    except (SettingsError, LaunchError) as error:
+        _report(str(error))
+        return 1
+    return 0
+
+
+def _log_start(settings: Settings) -> None:
+    given = shown(settings.launcher) | shown(settings.router) | shown(settings.shard)
+    said = " ".join(f"{name}={text}" for name, text in given.items()) or "defaults only"
+    logger.info("tessera %s: %s", installed_version("tessera"), said)
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+
+
+def _report(message: str) -> None:
+    """Say on stderr why this ends, after everything that was logged before it."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"Error: {escaped(message)}\n".encode(errors="backslashreplace"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Settings that only the launcher needs, and where all settings come from."""
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+
+from tessera.proto.env import (
+    SettingsError,
+    boolean,
+    byte_size,
+    environment_names,
+    fields_of,
+    integer,
+    merged_environment,
+    near_misses,
+    parse_flags,
+    read_settings,
+    setting,
+    settings_table,
+)
+from tessera.router.settings import RouterSettings
+from tessera.shard.settings import ShardSettings
+
+PROGRAM = "tessera-launcher"
+DESCRIPTION = "Serve a language or vision-language model over HTTP, split over one or more shards."
+DEFAULT_HOSTNAME = "0.0.0.0"
+
+# Other names of the environment files that this server is deployed with.
+FOREIGN = frozenset({"MODEL_NAME", "TGI_VERSION"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherSettings:
+    """Settings of the launcher itself. Read once in `main`, then passed down, never re-read."""
+
+    env_file: str = setting("", "file of NAME=value lines, below flags and environment")
+    revision: str = setting("", "branch, tag or commit of a hub model; empty: main")
+    sharded: bool | None = setting(
+        None, "true: one shard per visible device; false: one shard; empty: NUM_SHARD", boolean
+    )
+    quantize: str = setting("", "weight quantization; none is supported yet")
+    huggingface_hub_cache: str = setting("", "folder of downloaded models; empty: the hub's own")
+    weights_cache_override: str = setting(
+        "", "local folder with the files of MODEL_ID; nothing is downloaded then"
+    )
+    shm_size: int | None = setting(
+        None, "shared memory (/dev/shm) to insist on, such as 8g; empty: what is needed", byte_size
+    )
+    startup_timeout: int = setting(
+        900, "seconds until the server must be ready, downloads not counted", integer(1)
+    )
+
+    def __post_init__(self) -> None:
+        if self.quantize:
+            raise SettingsError(
+                f"QUANTIZE={self.quantize!r} is not supported; leave it empty and set DTYPE."
+            )
+
+
+CLASSES: tuple[type[Any], ...] = (LauncherSettings, RouterSettings, ShardSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that was said to this launcher."""
+
+    launcher: LauncherSettings
+    router: RouterSettings
+    shard: ShardSettings
+    environ: Mapping[str, str]  # all of it, the environment file and the flags included
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def read(cls, arguments: Sequence[str], environ: Mapping[str, str]) -> "Settings":
+        """Flags over the process's environment over the environment file over the defaults.
+
+        Exits 0 after `--help` and 2 on a flag that does not exist.
+
+        Raises:
+            SettingsError: a value is unusable. The message says what to change.
+        """
+        flags = parse_flags(PROGRAM, DESCRIPTION, CLASSES, arguments, internal=False)
+        merged = dict(environ)
+        if path := flags.get("ENV_FILE") or environ.get("ENV_FILE"):
+            merged = merged_environment(read_env_file(Path(path)), _given(environ), *CLASSES)
+        merged = merged_environment(merged, flags, *CLASSES)
+        for name in _internal_names():
+            merged.pop(name, None)  # of an outer launcher, torchrun or MPI: not meant for us
+        warnings = near_misses(merged, environment_names(*CLASSES) | FOREIGN)
+        warnings += _check_hostname(merged, is_flag="HOSTNAME" in flags)
+        return cls(
+            read_settings(LauncherSettings, merged),
+            read_settings(RouterSettings, merged),
+            read_settings(ShardSettings, merged),
+            merged,
+            tuple(warnings),
+        )
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The NAME=value lines of a file, quoted as in docker's and dotenv's.
+
+    Raises:
+        SettingsError: there is no such file, or it is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise SettingsError(f"the environment file {str(path)!r}: {reason}.") from None
+    values = dotenv_values(stream=StringIO(text), interpolate=False)
+    return {name: value or "" for name, value in values.items()}
+
+
+def _given(environ: Mapping[str, str]) -> dict[str, str]:
+    """An empty variable counts as absent, so the environment file may still say something."""
+    return {name: text for name, text in environ.items() if text}
+
+
+def _internal_names() -> list[str]:
+    return [
+        name
+        for cls in CLASSES
+        for field, _, spec in fields_of(cls)
+        if spec.internal
+        for name in (field.upper(), *spec.aliases)
+    ]
+
+
+def _check_hostname(merged: dict[str, str], *, is_flag: bool) -> list[str]:
+    """Replace a HOSTNAME that is no address: inside docker it is the container's id."""
+    text = merged.get("HOSTNAME", "")
+    if not text or text == "localhost" or _is_address(text):
+        return []
+    if is_flag:
+        raise SettingsError(f"HOSTNAME={text!r} must be an IP address such as {DEFAULT_HOSTNAME}.")
+    merged["HOSTNAME"] = DEFAULT_HOSTNAME
+    return [f"HOSTNAME={text!r} is no IP address: listening on {DEFAULT_HOSTNAME} instead."]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    print(settings_table(*CLASSES), end="")  # for the README

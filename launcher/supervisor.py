@@ -1,0 +1,304 @@
+"""Starts the processes, relays what they say, and stops them all, however it comes to that.
+
+Everything that happens arrives as an event in one queue: a child's end, its readiness, a signal to
+this process. One thread, the caller's, takes them and decides; so there is nothing to lock.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+from tessera.launcher.errors import LaunchError
+from tessera.launcher.plan import ProcessSpec
+from tessera.proto.logs import PROCESS_FIELD, escaped
+
+logger = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 16_384  # longer ones are cut into pieces
+TAIL_LINES = 20
+SHOWN_TAIL_LINES = 3
+ERROR_PREFIX = "Error: "  # of the one line with which our processes refuse to start
+KILL_WAIT_S = 10.0  # until a killed process is gone; longer only when the system is stuck
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A child has exited. `code` is negative for a signal."""
+
+    name: str
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A line on a report pipe: the router's `ready`, the download's folder."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """This process was told to stop."""
+
+    number: int
+
+
+Event = Ended | Said | Signalled
+Events = queue.SimpleQueue[Event]
+
+
+class StopRequested(Exception):  # noqa: N818, nothing went wrong
+    """A signal asked this process to end; not an error."""
+
+
+@contextlib.contextmanager
+def signals_to(events: Events) -> Iterator[None]:
+    """Turn SIGTERM, SIGINT and SIGHUP into events; a hang-up that was ignored stays so (nohup)."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        events.put(Signalled(number))  # SimpleQueue.put may be called from a signal handler
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if number != signal.SIGHUP or handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Child:
+    """One running process, in a session of its own so that a terminal's Ctrl-C is ours alone."""
+
+    def __init__(self, spec: ProcessSpec, events: Events) -> None:
+        self.name = spec.name
+        self.code: int | None = None  # set by the supervisor when it takes the Ended event
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._events = events
+        # Called in the main thread: Linux ties "parent death" to the thread that started a child.
+        self._process = subprocess.Popen(
+            spec.argv,
+            env=dict(spec.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=spec.pass_fds,
+            start_new_session=True,
+        )
+        self._readers = [
+            self._start(self._read, pipe, level)
+            for pipe, level in (
+                (self._process.stdout, logging.INFO),
+                (self._process.stderr, logging.WARNING),
+            )
+        ]
+        self._start(self._wait)
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also that of its group."""
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """Why it ended, in its own words: its `Error:` line, or else the last lines it printed."""
+        errors = [line for line in self._tail if line.startswith(ERROR_PREFIX)]
+        if errors:
+            return errors[-1].removeprefix(ERROR_PREFIX)
+        return " | ".join(list(self._tail)[-SHOWN_TAIL_LINES:])
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and whatever it started."""
+        self._signal(signal.SIGKILL, group=True)
+
+    def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
+        if self._process.returncode is not None:
+            return  # reaped, and its group killed before that; the id may be somebody else's now
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def _start(self, target: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args, name=self.name, daemon=True)
+        thread.start()
+        return thread
+
+    def _wait(self) -> None:
+        """Report the end, with nothing of the group left and everything it said read."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        # Not reaped yet, so the id still is this group's and nobody else can be hit.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        for reader in self._readers:
+            reader.join(timeout=5.0)
+        self._events.put(Ended(self.name, self._process.wait()))
+
+    def _read(self, pipe: IO[bytes], level: int) -> None:
+        with pipe:
+            while line := pipe.readline(MAX_LINE_BYTES):
+                text = line.decode("utf-8", "replace").rstrip()
+                if text:
+                    self._relay(text, level)
+
+    def _relay(self, text: str, level: int) -> None:
+        """Log one line of the child under its name; JSON log lines keep their level."""
+        level, message = _parse_log_line(text) or (level, text)
+        self._tail.append(escaped(message))
+        logger.log(level, "%s", message, extra={PROCESS_FIELD: self.name})
+
+
+def _parse_log_line(text: str) -> tuple[int, str] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        event = json.loads(text)
+        level = logging.getLevelNamesMapping()[event["level"]]
+        return level, str(event["message"]) + _exception_of(event)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _exception_of(event: dict[str, object]) -> str:
+    return f"\n{event['exception']}" if "exception" in event else ""
+
+
+class Supervisor:
+    """The children of one launch. Used by one thread."""
+
+    def __init__(self, events: Events, clock: Callable[[], float] = time.monotonic) -> None:
+        self._events = events
+        self._clock = clock
+        self._children: list[Child] = []
+
+    @property
+    def alive(self) -> list[Child]:
+        """The children that have not ended."""
+        return [child for child in self._children if child.code is None]
+
+    def start(self, spec: ProcessSpec) -> Child:
+        """Start one process.
+
+        Raises:
+            LaunchError: the system refused.
+        """
+        try:
+            child = Child(spec, self._events)
+        except OSError as error:
+            raise LaunchError(f"cannot start {spec.name}: {error.strerror}.") from None
+        self._children.append(child)
+        return child
+
+    def listen(self, fd: int) -> None:
+        """Turn the lines of a report pipe into events; closes the descriptor at its end."""
+
+        def read() -> None:
+            with os.fdopen(fd, "rb") as pipe:
+                while line := pipe.readline(MAX_LINE_BYTES):
+                    self._events.put(Said(line.decode("utf-8", "replace").strip()))
+
+        threading.Thread(target=read, name="report", daemon=True).start()
+
+    def wait_for_word(self, deadline: float | None = None) -> str | None:
+        """The next line on a report pipe; None when the deadline passed without one.
+
+        Raises:
+            LaunchError: a child ended first.
+            StopRequested: this process was told to stop.
+        """
+        while (event := self._next(deadline)) is not None:
+            match event:
+                case Said(text):
+                    return text
+                case Signalled():
+                    raise StopRequested
+                case Ended():
+                    raise LaunchError(self._describe_death(event))
+        return None
+
+    def wait_for_end(self, child: Child) -> None:
+        """Wait until a child that is expected to end has done so, well.
+
+        Raises:
+            LaunchError: it failed.
+            StopRequested: this process was told to stop.
+        """
+        while child.code is None:
+            match self._next(None):
+                case Signalled():
+                    raise StopRequested
+                case Ended(name, code) as event if name != child.name or code != 0:
+                    raise LaunchError(self._describe_death(event))
+
+    def stop(self, children: Sequence[Child], grace_s: float) -> None:
+        """Stop children: SIGTERM, `grace_s` seconds, then SIGKILL.
+
+        A second SIGINT meanwhile kills everything at once.
+        """
+        children = [child for child in children if child.code is None]
+        for child in children:
+            child.terminate()
+        deadline = self._clock() + grace_s
+        while any(child.code is None for child in children):
+            event = self._next(deadline)
+            if event is None:
+                late = [child for child in children if child.code is None]
+                for child in late:
+                    logger.warning("%s did not stop within %g s: killed", child.name, grace_s)
+                    child.kill()
+                deadline = self._clock() + KILL_WAIT_S
+            elif isinstance(event, Signalled) and event.number == signal.SIGINT:
+                logger.warning("told to stop again: killing everything")
+                self.kill_all()
+
+    def kill_all(self) -> None:
+        """End everything now and wait until it is gone."""
+        for child in self.alive:
+            child.kill()
+        deadline = self._clock() + KILL_WAIT_S
+        while self.alive and self._next(deadline) is not None:
+            pass
+
+    def _next(self, deadline: float | None) -> Event | None:
+        """The next event, noted; None when the deadline passed."""
+        try:
+            wait = None if deadline is None else max(0.0, deadline - self._clock())
+            event = self._events.get(timeout=wait)
+        except queue.Empty:
+            return None
+        if isinstance(event, Ended):
+            for child in self._children:
+                if child.name == event.name:
+                    child.code = event.code
+        return event
+
+    def _describe_death(self, event: Ended) -> str:
+        words = next(child.last_words for child in self._children if child.name == event.name)
+        return f"{event.name} {how_it_ended(event.code)}" + (f": {words}" if words else ".")
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "an unknown signal"
+    return f"was killed by {name} (signal {-code})"

@@ -1,0 +1,163 @@
+"""Log lines of every process: one line per event, as text or as JSON, never in the way of serving.
+
+What a client sent may end up in a message, so control characters are escaped: a line break in a
+prompt cannot forge a log line. A reader that closed the pipe costs the lines, not the process.
+"""
+
+import io
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from typing import BinaryIO, TextIO, cast
+
+QUEUE_LINES = 10_000  # held for a reader that is slow; later lines are dropped, not waited for
+FLUSH_S = 2.0  # at exit
+PROCESS_FIELD = "process"  # attribute of a record: which child process said it
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))}
+_CONTROL |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028"}
+_CONTROL[0x2029] = "\\u2029"
+
+
+def configure_logging(
+    level: str = "info",
+    json_output: bool = False,
+    stream: TextIO | None = None,
+    *,
+    background: bool = False,
+) -> None:
+    """Send the log of this process to `stream` (stdout if left out). Called from `main` only.
+
+    Args:
+        level: a value of `env.LOG_LEVELS`: debug, info, warning or error.
+        background: write from a thread of its own, so that a reader that stopped reading (a
+            terminal after Ctrl-S) never stops this process. The launcher needs it, because it
+            must keep draining its children; a child's reader is the launcher.
+    """
+    handler: logging.Handler = _PatientHandler(_unbuffered(stream or sys.stdout))
+    handler.setFormatter(JsonFormatter() if json_output else TextFormatter())
+    if background:
+        handler = _BackgroundHandler(handler)
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.raiseExceptions = False  # a log line that cannot be written must not print another
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-20T23:04:09.123Z INFO tessera.router.core: message`, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One event as one line."""
+        process = getattr(record, PROCESS_FIELD, "")
+        source = f"[{process}]" if process else f"{record.name}:"
+        line = f"{_timestamp(record)} {record.levelname:<7} {source} {escaped(_message(record))}"
+        return f"{line} | {escaped(trace)}" if (trace := _trace(record)) else line
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"timestamp": ..., "level": "INFO", "message": ..., "target": ...}`, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One event as one JSON object."""
+        event = {
+            "timestamp": _timestamp(record),
+            "level": record.levelname,
+            "message": _message(record),
+            "target": record.name,
+        }
+        if process := getattr(record, PROCESS_FIELD, ""):
+            event[PROCESS_FIELD] = process
+        if trace := _trace(record):
+            event["exception"] = trace
+        return json.dumps(event)
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters and line breaks made visible."""
+    return text.translate(_CONTROL)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # wrong arguments of a log call; the event still counts
+        return str(record.msg)
+
+
+def _trace(record: logging.LogRecord) -> str:
+    if record.exc_info and record.exc_info[0] is not None:
+        return logging.Formatter().formatException(record.exc_info)
+    return ""
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def _unbuffered(stream: TextIO) -> TextIO:
+    """The same file without Python's buffer: a line is out when it was written, and a write that
+    hangs on a stuck reader holds no lock that the interpreter needs to exit."""
+    try:
+        raw = os.fdopen(os.dup(stream.fileno()), "wb", buffering=0)
+    except (OSError, ValueError):  # a stream of a test, without a descriptor
+        return stream
+    return io.TextIOWrapper(
+        cast(BinaryIO, raw), "utf-8", errors="backslashreplace", write_through=True
+    )
+
+
+class _PatientHandler(logging.StreamHandler[TextIO]):
+    """Writes lines; when the reader has closed the pipe, the rest goes nowhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        """Drop the line; after a closed pipe, drop all."""
+        if isinstance(sys.exc_info()[1], (BrokenPipeError, ValueError)):
+            silence(self.stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Point a stream whose reader is gone to the null device, where what is still held may go."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError):  # no descriptor behind it, or already closed
+        return
+
+
+class _BackgroundHandler(logging.Handler):
+    """Hands lines to a thread that writes them; a full queue drops lines instead of waiting."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self._target = target
+        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LINES)
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the event."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            return
+
+    def flush(self) -> None:
+        """Wait for the lines under way, but not longer than a stuck reader deserves."""
+        deadline = time.monotonic() + FLUSH_S
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _write(self) -> None:
+        while True:  # a daemon thread: ends with the process
+            record = self._lines.get()
+            self._target.handle(record)
+            self._lines.task_done()

@@ -1,0 +1,285 @@
+"""The loop between requests and steps: plan, send, take the tokens, tell the clients, again."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from itertools import count
+
+from tessera.proto import shard_pb2
+from tessera.router.blocks import BlockPool
+from tessera.router.errors import GenerationError, NotReadyError, RouterError
+from tessera.router.generation import ServingLimits
+from tessera.router.metrics import Metrics
+from tessera.router.output import Output
+from tessera.router.request import (
+    Completion,
+    FinishReason,
+    Request,
+    Timings,
+    TokenEvent,
+    TokenInfo,
+)
+from tessera.router.scheduler import Scheduler, SchedulerLimits, StepPlan
+from tessera.router.sequence import Sequence
+from tessera.router.shards import ShardGroup, ShardsLost
+from tessera.router.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class RequestStream:
+    """The events of one request, as `generation.TokenStream` describes them."""
+
+    def __init__(self, core: "Core", sequence: Sequence) -> None:
+        request = sequence.request
+        self.prompt_tokens = len(request.prompt_ids)
+        self.image_tokens = request.num_image_tokens
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenInfo] = []
+        self._core = core
+        self._sequence = sequence
+        # Bounded by the request's own max_new_tokens.
+        self._events: asyncio.Queue[TokenEvent | RouterError] = asyncio.Queue()
+
+    def push(self, event: TokenEvent | RouterError) -> None:
+        """Hand the client its next event or its error."""
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """The events in order; the one with `completion` is the last."""
+        while True:
+            event = await self._events.get()
+            if isinstance(event, RouterError):
+                raise event
+            yield event
+            if event.completion is not None:
+                return
+
+    def close(self) -> None:
+        """Cancel if still running; its blocks are free at once, the shards hear of it next step."""
+        self._core.cancel(self._sequence)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What the loop keeps of a request besides its sequence."""
+
+    sequence: Sequence
+    stream: RequestStream
+    output: Output
+    submitted_at: float
+    started_at: float | None = None
+    first_token_at: float | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+
+class Core:
+    """Implements `generation.Generator` over a warm group of shards."""
+
+    def __init__(
+        self,
+        shards: ShardGroup,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        metrics: Metrics,
+    ) -> None:
+        self._shards = shards
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._metrics = metrics
+        self._limits: ServingLimits | None = None
+        self._scheduler: Scheduler | None = None
+        self._in_flight: dict[int, _InFlight] = {}
+        self._ids = count(1)
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._lost: str | None = None
+
+    @property
+    def limits(self) -> ServingLimits:
+        """What fits; raises NotReadyError before the warm-up."""
+        if self._limits is None:
+            raise NotReadyError("the model is still loading; try again in a while")
+        return self._limits
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request submitted now would be run."""
+        return self._scheduler is not None and self._lost is None and not self._draining
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Cache blocks no request holds."""
+        return self._scheduler.pool.num_free if self._scheduler else 0
+
+    def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
+        """Take requests from now on; called once, after the warm-up."""
+        self._limits = limits
+        self._scheduler = Scheduler(scheduling, pool)
+
+    def drain(self) -> None:
+        """Refuse new requests; those under way go on."""
+        self._draining = True
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queue one request. See `generation.Generator.submit`."""
+        if self._scheduler is None or not self.ready:
+            raise NotReadyError(self._why_not_ready())
+        sequence = Sequence(next(self._ids), request)
+        stream = RequestStream(self, sequence)
+        output = Output(self._tokenizer, request)
+        self._in_flight[sequence.sequence_id] = _InFlight(
+            sequence, stream, output, time.perf_counter()
+        )
+        self._scheduler.add(sequence)
+        self._metrics.queue_size(len(self._scheduler.waiting))
+        self._wake.set()
+        return stream
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request whose client left; harmless when it is over."""
+        if self._in_flight.pop(sequence.sequence_id, None) is not None and self._scheduler:
+            self._scheduler.finish(sequence)
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Run steps until cancelled.
+
+        Raises:
+            ShardsLost: after every request under way has been told.
+        """
+        if self._scheduler is None:
+            raise RuntimeError("Core.run before Core.open")
+        try:
+            while True:
+                plan = self._scheduler.next_step()
+                if plan.is_empty:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._run_step(plan, self._scheduler)
+        except ShardsLost as error:
+            self._lost = str(error)
+            logger.error("%s", error)
+            for flight in list(self._in_flight.values()):
+                self._fail(flight, GenerationError("a shard was lost; the request can be retried"))
+            raise
+
+    async def _run_step(self, plan: StepPlan, scheduler: Scheduler) -> None:
+        started = time.perf_counter()
+        for sequence in plan.sequences:
+            flight = self._in_flight[sequence.sequence_id]
+            flight.started_at = flight.started_at or started
+        self._metrics.queue_size(len(scheduler.waiting))
+        self._metrics.batch_size(len(scheduler.running))
+        reply = await self._shards.run(plan)
+        kind = "prefill" if plan.chunks else "decode"
+        self._metrics.step(kind, time.perf_counter() - started)
+        self._apply(reply, scheduler)
+
+    def _apply(self, reply: shard_pb2.StepReply, scheduler: Scheduler) -> None:
+        """Take a step's results. Requests cancelled meanwhile are no longer in flight."""
+        for failure in reply.failures:
+            if flight := self._in_flight.get(failure.sequence_id):
+                logger.warning("request %d failed: %s", failure.sequence_id, failure.message)
+                self._fail(flight, GenerationError(failure.message))
+        for scored in reply.prompt_logprobs:
+            if flight := self._in_flight.get(scored.sequence_id):
+                # A prompt computed again after a preemption repeats what is already known.
+                known = 1 + len(flight.prompt_logprobs) - scored.first_position
+                flight.prompt_logprobs += scored.logprobs[known:]
+        now = time.perf_counter()
+        for token in reply.tokens:
+            if flight := self._in_flight.get(token.sequence_id):
+                scheduler.append_token(flight.sequence, token.token_id)
+                try:
+                    self._emit(flight, token, now)
+                except Exception:
+                    logger.exception("request %d failed in the router", token.sequence_id)
+                    self._fail(flight, GenerationError("internal error"))
+
+    def _emit(self, flight: _InFlight, token: shard_pb2.SampledToken, now: float) -> None:
+        """Tell the client about one token, and end its request where it ends."""
+        if flight.first_token_at is None:
+            flight.first_token_at = now
+            self._publish_prompt_logprobs(flight)
+        step = flight.output.add(token.token_id)
+        reason = self._finish_reason(flight, token.token_id, step.stopped)
+        text = step.text
+        completion = None
+        if reason is not None:
+            text += flight.output.finish()
+            completion = self._completion(flight, reason, now)
+        top = tuple(
+            TokenInfo(
+                entry.token_id,
+                self._tokenizer.token_text(entry.token_id),
+                entry.logprob,
+                self._tokenizer.is_special(entry.token_id),
+            )
+            for entry in token.top_tokens
+        )
+        info = TokenInfo(
+            token.token_id,
+            step.token_text,
+            token.logprob,
+            self._tokenizer.is_special(token.token_id),
+        )
+        flight.stream.push(TokenEvent(info, text, top, completion))
+        if completion is not None:
+            self._forget(flight)
+
+    def _finish_reason(
+        self, flight: _InFlight, token_id: int, stopped: bool
+    ) -> FinishReason | None:
+        stopping = flight.sequence.request.stopping
+        if stopped:
+            return FinishReason.STOP
+        if token_id in self._eos_ids and not stopping.ignore_eos:
+            return FinishReason.EOS
+        if flight.sequence.num_generated >= stopping.max_new_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _completion(self, flight: _InFlight, reason: FinishReason, now: float) -> Completion:
+        request = flight.sequence.request
+        started = flight.started_at or now
+        since_submitted = now - flight.submitted_at
+        timings = Timings(
+            total=request.validation_s + since_submitted,
+            validation=request.validation_s,
+            queue=started - flight.submitted_at,
+            inference=now - started,
+            first_token=(flight.first_token_at or now) - flight.submitted_at,
+        )
+        seed = request.sampling.seed if request.sampling.temperature > 0 else None
+        return Completion(
+            reason, flight.output.text, flight.sequence.num_generated, seed, timings
+        )
+
+    def _publish_prompt_logprobs(self, flight: _InFlight) -> None:
+        request = flight.sequence.request
+        if request.sampling.prompt_logprobs:
+            # The first token of a prompt follows nothing, so it has no probability.
+            missing = len(request.prompt_ids) - len(flight.prompt_logprobs)
+            logprobs = [float("nan")] * missing + flight.prompt_logprobs
+            flight.stream.prompt_logprobs += [
+                TokenInfo(i, self._tokenizer.token_text(i), value, self._tokenizer.is_special(i))
+                for i, value in zip(request.prompt_ids, logprobs, strict=True)
+            ]
+
+    def _fail(self, flight: _InFlight, error: RouterError) -> None:
+        flight.stream.push(error)
+        self._forget(flight)
+
+    def _forget(self, flight: _InFlight) -> None:
+        self.cancel(flight.sequence)
+
+    def _why_not_ready(self) -> str:
+        if self._lost is not None:
+            return "the server has lost a shard and is restarting"
+        if self._draining:
+            return "the server is shutting down; send the request to another one"
+        return "the model is still loading; try again in a while"

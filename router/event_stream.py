@@ -1,0 +1,140 @@
+"""Server-sent events that end with the client, and a way to notice that a client has left."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+KEEP_ALIVE = b":\n\n"
+DONE = "data: [DONE]\n\n"
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON in ASCII.
+
+    ASCII because line readers of common clients also break lines at U+2028 and U+0085, which JSON
+    does not escape by itself, and would then see half an event.
+
+    Raises:
+        ValueError: `value` holds a NaN or an infinity; pass those through `finite` first.
+    """
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None (JSON's null) where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def event(payload: Any) -> str:
+    """One server-sent event."""
+    return f"data: {to_json(payload)}\n\n"
+
+
+async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up first.
+
+    The body must have been read before.
+
+    Raises:
+        ClientDisconnect: the client hung up.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        await _cancel(working, leaving)
+
+
+class EventStream(Response):
+    """Sends events as they come; whatever ends it, `on_end` is called exactly once.
+
+    Servers tell in two ways that a client is gone, by an `http.disconnect` message or by an error
+    from `send`; either ends the stream at once, also while no event is due. After `keep_alive_s`
+    seconds of silence a comment goes out so that proxies do not take the connection for dead.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        on_end: Callable[[], None],
+        headers: dict[str, str],
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+        # The base class has announced an empty body.
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+        self._events = events
+        self._on_end = on_end
+        self._keep_alive_s = keep_alive_s
+        self._last_sent = 0.0
+        self._sending = asyncio.Lock()
+        self._open = False  # between the head and the end of the body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        parts = [
+            asyncio.ensure_future(self._send_events(send)),
+            asyncio.ensure_future(self._keep_alive(send)),
+            asyncio.ensure_future(_client_left(receive)),
+        ]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        except OSError:
+            pass  # the client is gone; there is nobody to tell
+        finally:
+            self._on_end()
+            await _cancel(*parts)
+
+    async def _send_events(self, send: Send) -> None:
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        self._open = True
+        async for text in self._events:
+            await self._send(send, text.encode("ascii"))
+        async with self._sending:
+            self._open = False
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Runs until cancelled."""
+        clock = asyncio.get_running_loop().time
+        self._last_sent = clock()
+        while True:
+            await asyncio.sleep(self._last_sent + self._keep_alive_s - clock())
+            if clock() - self._last_sent >= self._keep_alive_s:
+                await self._send(send, KEEP_ALIVE)
+
+    async def _send(self, send: Send, content: bytes) -> None:
+        async with self._sending:  # a comment must not come before the head nor after the end
+            if self._open:
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+            self._last_sent = asyncio.get_running_loop().time()
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel what still runs and wait for it, so that nothing outlives its request."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,63 @@
+"""What the HTTP side expects of the loop that runs requests. `router.core` implements it."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from tessera.router.request import Request, TokenEvent, TokenInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLimits:
+    """What fits in this model on these devices; known after the warm-up. Counts are tokens."""
+
+    max_input_tokens: int  # longest prompt, image tokens included
+    max_total_tokens: int  # longest prompt plus generation
+    max_batch_prefill_tokens: int  # prompt tokens computed in one step
+    max_batch_total_tokens: int  # tokens the KV cache holds
+    max_batch_size: int  # sequences in one step
+    num_shard: int = 1
+    dtype: str = ""  # of the weights, as torch prints it without "torch."
+    device: str = ""  # what a shard runs on, e.g. "cpu" or "nvidia-h200"
+
+
+class TokenStream(Protocol):
+    """One request in flight. Whoever got it must call `close`, however its iteration ended."""
+
+    prompt_tokens: int  # image tokens included
+    image_tokens: int
+    cached_tokens: int  # prompt tokens found in the prefix cache; final with the first event
+    prompt_logprobs: list[TokenInfo]
+    """One entry per prompt token, filled when the first event is out and
+    `sampling.prompt_logprobs` was set; the first logprob is nan."""
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """The events in order; the one with `completion` is the last. Raises `RouterError`s."""
+        ...
+
+    def close(self) -> None:
+        """Cancel if still running and free what is held. Harmless when already over."""
+        ...
+
+
+class Generator(Protocol):
+    """Runs requests."""
+
+    @property
+    def limits(self) -> ServingLimits:
+        """What fits. Only meaningful once `ready` was true."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True while every shard is warm and alive and the server is not draining."""
+        ...
+
+    def submit(self, request: Request) -> TokenStream:
+        """Queue one request.
+
+        Raises:
+            OverloadedError: the queue is full.
+            NotReadyError: there is nothing to run it on.
+        """
+        ...

@@ -1,0 +1,83 @@
+"""What the server takes: from what was asked for, what the model can and what the warm-up found."""
+
+from tessera.proto import shard_pb2
+from tessera.proto.env import SettingsError
+from tessera.router.generation import ServingLimits
+from tessera.router.model_files import ModelFiles
+from tessera.router.scheduler import SchedulerLimits
+from tessera.router.settings import RouterSettings
+from tessera.router.shards import ShardsInfo
+
+
+def batch_size(settings: RouterSettings) -> int:
+    """Most sequences in one step; never more than its tokens, because each needs one."""
+    asked = settings.max_batch_size or settings.max_concurrent_requests
+    return min(asked, settings.max_batch_prefill_tokens)
+
+
+def scheduler_limits(settings: RouterSettings) -> SchedulerLimits:
+    """What one step may hold."""
+    return SchedulerLimits(
+        max_step_tokens=settings.max_batch_prefill_tokens,
+        max_batch_size=batch_size(settings),
+        max_waiting_tokens=settings.max_waiting_tokens,
+        waiting_served_ratio=settings.waiting_served_ratio,
+        max_step_tiles=settings.max_step_tiles,
+    )
+
+
+def warmup_request(
+    settings: RouterSettings, info: ShardsInfo, files: ModelFiles
+) -> shard_pb2.WarmupRequest:
+    """The worst step these settings allow, and the most cache they can use."""
+    max_total = settings.max_total_tokens or files.max_positions
+    if settings.max_batch_total_tokens is not None:
+        max_blocks = settings.max_batch_total_tokens // info.block_size
+    else:
+        max_blocks = batch_size(settings) * -(-max_total // info.block_size)
+    return shard_pb2.WarmupRequest(
+        max_step_tokens=settings.max_batch_prefill_tokens,
+        max_batch_size=batch_size(settings),
+        max_step_tiles=settings.max_step_tiles if files.layout else 0,
+        # Without MAX_TOTAL_TOKENS a shorter window than the model's is fine.
+        max_context_len=settings.max_total_tokens or min(max_total, 2 * info.block_size),
+        max_blocks=max_blocks,
+    )
+
+
+def serving_limits(
+    settings: RouterSettings,
+    info: ShardsInfo,
+    files: ModelFiles,
+    num_blocks: int,
+) -> ServingLimits:
+    """What fits, from what was asked for and what the warm-up found.
+
+    Raises:
+        SettingsError: MAX_TOTAL_TOKENS is longer than the model's window, or MAX_INPUT_TOKENS does
+            not leave room for one generated token.
+    """
+    capacity = num_blocks * info.block_size
+    asked = settings.max_total_tokens
+    if asked is not None and asked > files.max_positions:
+        raise SettingsError(
+            f"MAX_TOTAL_TOKENS={asked} is over the {files.max_positions} positions of this model; "
+            "lower it."
+        )
+    max_total = asked or min(files.max_positions, capacity)
+    max_input = settings.max_input_tokens or max_total - 1
+    if max_input >= max_total:
+        raise SettingsError(
+            f"MAX_INPUT_TOKENS={max_input} must be below the longest total of {max_total} tokens; "
+            "lower it."
+        )
+    return ServingLimits(
+        max_input_tokens=max_input,
+        max_total_tokens=max_total,
+        max_batch_prefill_tokens=settings.max_batch_prefill_tokens,
+        max_batch_total_tokens=capacity,
+        max_batch_size=batch_size(settings),
+        num_shard=info.world_size,
+        dtype=info.dtype,
+        device=info.device,
+    )

@@ -1,0 +1,172 @@
+"""Entry point of the router process: serve HTTP at once, answer requests once the shards are warm."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from tessera.proto.env import (
+    SettingsError,
+    merged_environment,
+    parse_flags,
+    process_environment,
+    read_settings,
+)
+from tessera.proto.image_layout import ImageLayoutError
+from tessera.proto.lifeline import die_with_parent
+from tessera.proto.logs import configure_logging
+from tessera.router.app import create_app
+from tessera.router.blocks import BlockPool
+from tessera.router.core import Core
+from tessera.router.limits import scheduler_limits, serving_limits, warmup_request
+from tessera.router.metrics import Metrics
+from tessera.router.model_files import ModelFiles, ModelFilesError
+from tessera.router.settings import RouterSettings
+from tessera.router.shards import ShardGroup, ShardsLost, WarmupFailed
+from tessera.router.tokenizer import Tokenizer
+from tessera.router.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+LOST_A_SHARD = 2
+"""Exit status when the shards are gone: distinct from a wrong setting (1)."""
+
+
+def main() -> None:
+    """Run the router; exit 0 after SIGTERM or SIGINT, 1 when it cannot start."""
+    die_with_parent()
+    environ = process_environment()
+    flags = parse_flags("tessera-router", __doc__ or "", [RouterSettings], sys.argv[1:])
+    try:
+        settings = read_settings(
+            RouterSettings, merged_environment(environ, flags, RouterSettings)
+        )
+        configure_logging(settings.log_level, settings.json_output)
+        status = asyncio.run(_serve(settings))
+    except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        status = 1
+    except ShardsLost as error:
+        print(f"Error: {error}", file=sys.stderr)
+        status = LOST_A_SHARD
+    sys.exit(status)
+
+
+async def _serve(settings: RouterSettings) -> int:
+    """Serve until a signal drains the server or the shards are lost."""
+    files = ModelFiles.read(Path(settings.model_id))
+    tokenizer = Tokenizer.from_folder(files.folder, _optional_path(settings.tokenizer_config_path))
+    metrics = Metrics()
+    shards = ShardGroup(shard_targets(settings))
+    core = Core(shards, tokenizer, files.eos_ids, metrics)
+    validator = Validator(settings, core, tokenizer, files)
+    app = create_app(settings, core, validator, files, metrics)
+    server = _Server(_server_config(app, settings))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _drain, core, server)
+    serving = asyncio.create_task(server.serve(sockets=[_http_socket(settings)]))
+    running = asyncio.create_task(_run_model(settings, core, shards, files))
+    try:
+        await asyncio.wait([serving, running], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        await serving
+    finally:
+        server.should_exit = True
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ShardsLost, WarmupFailed):
+            await running
+        await shards.close()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which re-raise the signal after the shutdown."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def _run_model(
+    settings: RouterSettings, core: Core, shards: ShardGroup, files: ModelFiles
+) -> None:
+    """Wait for the shards, warm them up, then run steps until cancelled."""
+    logger.info("waiting for %s shard(s)", settings.num_shard)
+    info = await shards.connect()
+    logger.info("loaded %s in %s on %s, warming up", info.model_type, info.dtype, info.device)
+    num_blocks = await shards.warm_up(warmup_request(settings, info, files))
+    limits = serving_limits(settings, info, files, num_blocks)
+    core.open(limits, scheduler_limits(settings), BlockPool(num_blocks, info.block_size))
+    logger.info(
+        "Connected: %d tokens of cache, prompts up to %d, totals up to %d, batches up to %d",
+        limits.max_batch_total_tokens,
+        limits.max_input_tokens,
+        limits.max_total_tokens,
+        limits.max_batch_size,
+    )
+    _report_ready(settings.ready_fd)
+    await core.run()
+
+
+def shard_targets(settings: RouterSettings) -> list[str]:
+    """gRPC addresses of the ranks' unix sockets, in order of rank."""
+    return [f"unix:{settings.shard_uds_path}-{rank}" for rank in range(settings.num_shard or 1)]
+
+
+def _drain(core: Core, server: uvicorn.Server) -> None:
+    """Stop taking requests; uvicorn lets those under way finish."""
+    logger.info("draining")
+    core.drain()
+    server.should_exit = True
+
+
+def _server_config(app: Starlette, settings: RouterSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.graceful_termination_timeout,
+        timeout_keep_alive=75,  # longer than the usual load balancer's, so that it closes first
+        server_header=False,
+        date_header=True,
+    )
+
+
+def _http_socket(settings: RouterSettings) -> socket.socket:
+    """The socket the launcher bound, or one of our own.
+
+    Raises:
+        SettingsError: the port cannot be had.
+    """
+    if settings.http_socket_fd is not None:
+        return socket.socket(fileno=settings.http_socket_fd)
+    try:
+        return socket.create_server((settings.hostname, settings.port), backlog=2048)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror}; "
+            "set PORT to a free one."
+        ) from None
+
+
+def _report_ready(ready_fd: int | None) -> None:
+    if ready_fd is not None:
+        os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+
+
+def _optional_path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What the server counts and measures, under the names that existing dashboards read.
+
+text-generation-inference's counters have no `_total` suffix, which the client library insists on;
+`_Counter` and `render` are here for that reason alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from tessera.router.request import Completion
+
+FailureKind = Literal["validation", "overloaded", "generation", "incomplete", "template", "dropped"]
+StepKind = Literal["prefill", "decode"]
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+DURATION_BUCKETS_S = tuple(0.00015 * 1.5**k for k in range(35))  # 0.15 ms to 146 s
+BATCH_BUCKETS = tuple(float(2**k) for k in range(11))
+_FAILURE_KINDS: tuple[FailureKind, ...] = (
+    "validation",
+    "overloaded",
+    "generation",
+    "incomplete",
+    "template",
+    "dropped",
+)
+_STEP_KINDS: tuple[StepKind, ...] = ("prefill", "decode")
+
+
+class Metrics:
+    """One server's numbers, in a registry of its own, so that two servers can share a process."""
+
+    def __init__(self, max_input_tokens: int = 4096, max_total_tokens: int = 4096) -> None:
+        """`max_*` only place the buckets of the token histograms, so a guess is good enough."""
+        self._registry = CollectorRegistry()
+        self._counters: list[_Counter] = []
+        self._requests = self._counter("tgi_request_count", "Generations asked for")
+        self._successes = self._counter("tgi_request_success", "Generations that completed")
+        self._failures = self._counter(
+            "tgi_request_failure", "Requests that did not, by cause", "err", _FAILURE_KINDS
+        )
+        self._duration = self._seconds("tgi_request_duration", "From arrival to the last token")
+        self._validation = self._seconds(
+            "tgi_request_validation_duration", "Checking, tokenising and preparing pictures"
+        )
+        self._queue = self._seconds("tgi_request_queue_duration", "Waiting for the first step")
+        self._inference = self._seconds("tgi_request_inference_duration", "From then to the end")
+        self._per_token = self._seconds(
+            "tgi_request_mean_time_per_token_duration", "Inference time over generated tokens"
+        )
+        self._first_token = self._seconds(
+            "tessera_time_to_first_token_seconds", "From submission to the first token"
+        )
+        self._generated = self._tokens(
+            "tgi_request_generated_tokens", "Tokens generated per request", max_total_tokens
+        )
+        self._input_length = self._tokens(
+            "tgi_request_input_length",
+            "Prompt tokens per request, images included",
+            max_input_tokens,
+        )
+        self._max_new = self._tokens(
+            "tgi_request_max_new_tokens", "Tokens asked for per request", max_total_tokens
+        )
+        self._define_batch_metrics()
+
+    def _define_batch_metrics(self) -> None:
+        registry = self._registry
+        self._queue_size = Gauge("tgi_queue_size", "Requests waiting", registry=registry)
+        self._batch_size = Gauge(
+            "tgi_batch_current_size", "Sequences in the running batch", registry=registry
+        )
+        self._batch_tokens = Gauge(
+            "tgi_batch_current_max_tokens", "Cache tokens held by the batch", registry=registry
+        )
+        self._max_total = Gauge(
+            "tgi_batch_max_total_tokens", "Tokens the KV cache holds", registry=registry
+        )
+        self._next_size = Histogram(
+            "tgi_batch_next_size",
+            "Sequences that joined the batch in one step",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
+        self._steps = self._counter("tgi_batch_inference_count", "Steps", "method", _STEP_KINDS)
+        self._steps_done = self._counter(
+            "tgi_batch_inference_success", "Steps that succeeded", "method", _STEP_KINDS
+        )
+        self._steps_failed = self._counter(
+            "tgi_batch_inference_failure", "Steps that failed", "method", _STEP_KINDS
+        )
+        self._step_duration = Histogram(
+            "tgi_batch_inference_duration",
+            "Time of one step, seconds",
+            ["method"],
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+
+    def request_started(self) -> None:
+        """A generation was asked for."""
+        self._requests.increase()
+
+    def request_validated(
+        self, prompt_tokens: int, max_new_tokens: int, validation_s: float
+    ) -> None:
+        """A generation was found to be in order, after `validation_s` seconds."""
+        self._input_length.observe(prompt_tokens)
+        self._max_new.observe(max_new_tokens)
+        self._validation.observe(validation_s)
+
+    def request_finished(self, completion: Completion, prompt_tokens: int) -> None:
+        """A generation completed. `prompt_tokens` is there for numbers still to come."""
+        timings = completion.timings
+        self._successes.increase()
+        self._duration.observe(timings.total)
+        self._queue.observe(timings.queue)
+        self._inference.observe(timings.inference)
+        self._per_token.observe(timings.per_token(completion.generated_tokens))
+        self._first_token.observe(timings.first_token)
+        self._generated.observe(completion.generated_tokens)
+
+    def request_failed(self, kind: FailureKind) -> None:
+        """A request ended without completing."""
+        self._failures.increase(kind)
+
+    def queue_size(self, requests: int) -> None:
+        """So many requests wait."""
+        self._queue_size.set(requests)
+
+    def batch_size(self, sequences: int) -> None:
+        """So many sequences are being generated."""
+        self._batch_size.set(sequences)
+
+    def batch_joined(self, sequences: int) -> None:
+        """So many sequences entered the batch with one step."""
+        self._next_size.observe(sequences)
+
+    def cache_tokens(self, used: int, total: int) -> None:
+        """The KV cache holds `used` of `total` tokens."""
+        self._batch_tokens.set(used)
+        self._max_total.set(total)
+
+    def step(self, kind: StepKind, seconds: float) -> None:
+        """A step took this long; a step with any prompt chunk in it counts as prefill."""
+        self._steps.increase(kind)
+        self._steps_done.increase(kind)
+        self._step_duration.labels(kind).observe(seconds)
+
+    def step_failed(self, kind: StepKind) -> None:
+        """A step was lost."""
+        self._steps.increase(kind)
+        self._steps_failed.increase(kind)
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format, version 0.0.4."""
+        counters = "".join(line for counter in self._counters for line in counter.lines())
+        return counters.encode() + generate_latest(_WithoutCreated(self._registry))
+
+    def _counter(
+        self, name: str, doc: str, label: str = "", values: Sequence[str] = ("",)
+    ) -> "_Counter":
+        counter = _Counter(name, doc, label, values)
+        self._counters.append(counter)
+        return counter
+
+    def _seconds(self, name: str, doc: str) -> Histogram:
+        doc = f"{doc}, seconds"
+        return Histogram(name, doc, buckets=DURATION_BUCKETS_S, registry=self._registry)
+
+    def _tokens(self, name: str, doc: str, maximum: int) -> Histogram:
+        buckets = tuple(maximum * k / 100 for k in range(1, 101))
+        return Histogram(name, doc, buckets=buckets, registry=self._registry)
+
+
+class _Counter:
+    """A counter whose name stays as it is. Every label value exists from the start, at 0."""
+
+    def __init__(self, name: str, doc: str, label: str, values: Sequence[str]) -> None:
+        self._name, self._doc, self._label = name, doc, label
+        self._counts = dict.fromkeys(values, 0)
+
+    def increase(self, value: str = "") -> None:
+        self._counts[value] += 1
+
+    def lines(self) -> Iterator[str]:
+        yield f"# HELP {self._name} {self._doc}\n# TYPE {self._name} counter\n"
+        for value, count in self._counts.items():
+            labels = f'{{{self._label}="{value}"}}' if self._label else ""
+            yield f"{self._name}{labels} {count}\n"
+
+
+class _WithoutCreated:
+    """The registry's metrics less their creation times, which nobody graphs."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric

@@ -1,0 +1,257 @@
+"""text-generation-inference's own routes."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tessera.router.errors import NotReadyError, RouterError
+from tessera.router.event_stream import EventStream, event, finite, unless_client_leaves
+from tessera.router.generation import Generator
+from tessera.router.json_body import read_body
+from tessera.router.metrics import CONTENT_TYPE, Metrics
+from tessera.router.replies import InternalError, Json, error_reply, native_error
+from tessera.router.request import Completion, TokenEvent, TokenInfo
+from tessera.router.schemas import GenerateBody, GenerateParameters
+from tessera.router.server_info import ServerInfo
+from tessera.router.ticket import Desk, Generation, Ticket
+from tessera.router.token_streams import Collected, collect_all, merge, started
+from tessera.router.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeApi:
+    """The native routes over what they need."""
+
+    generator: Generator
+    validator: Validator
+    desk: Desk
+    metrics: Metrics
+    info: ServerInfo
+
+    def routes(self) -> list[Route]:
+        """What to mount."""
+        return [
+            Route("/", self.compat_generate, methods=["POST"]),
+            Route("/", self.health, methods=["GET"]),
+            Route("/generate", self.generate, methods=["POST"]),
+            Route("/generate_stream", self.generate_stream, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/info", self.show_info, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ping", self.health, methods=["GET"]),
+            Route("/metrics", self.show_metrics, methods=["GET"]),
+        ]
+
+    async def compat_generate(self, request: HttpRequest) -> Response:
+        """POST /: what Hugging Face's clients call; `stream` chooses, and the reply is a list."""
+        full_text = self.info.default_full_text
+        with self.desk.ticket() as ticket:
+            body = await read_body(request, GenerateBody)
+            if body.stream:
+                return await self._stream(request, ticket, body, full_text)
+            reply, headers = await self._generate(request, ticket, body, full_text)
+            return Json([reply], headers=headers)
+
+    async def generate(self, request: HttpRequest) -> Response:
+        """POST /generate: one JSON object when all is done."""
+        with self.desk.ticket() as ticket:
+            body = await read_body(request, GenerateBody)
+            reply, headers = await self._generate(request, ticket, body, False)
+            return Json(reply, headers=headers)
+
+    async def generate_stream(self, request: HttpRequest) -> Response:
+        """POST /generate_stream: one server-sent event per token.
+
+        The status is sent when the first token or the error is known, so that a refusal is a
+        status. Later errors are the last event.
+        """
+        with self.desk.ticket() as ticket:
+            body = await read_body(request, GenerateBody)
+            return await self._stream(request, ticket, body, False)
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """POST /tokenize: the ids of `inputs` with their text and place in it."""
+        body = await read_body(request, GenerateBody)
+        spans = await unless_client_leaves(request, self.validator.tokenize(body.inputs))
+        return Json(
+            [
+                {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
+                for span in spans
+            ]
+        )
+
+    async def show_info(self, request: HttpRequest) -> Response:
+        """GET /info: the model and the limits."""
+        return Json(self.info.as_json(self.generator))
+
+    async def health(self, request: HttpRequest) -> Response:
+        """GET /health, /ping, /: 200 without a body while requests are served, else 503.
+
+        Reads one flag; a busy model never delays the answer.
+        """
+        if self.generator.ready:
+            return Response()
+        return error_reply(NotReadyError("unhealthy"), "/health")
+
+    async def show_metrics(self, request: HttpRequest) -> Response:
+        """GET /metrics: Prometheus' text format."""
+        return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def _submit(
+        self, request: HttpRequest, ticket: Ticket, body: GenerateBody, *, streaming: bool
+    ) -> list[Generation]:
+        arrived = time.perf_counter()
+        plan = self.validator.plan_native(body, streaming=streaming)
+        ticket.admit(plan.count)
+        requests = await unless_client_leaves(request, self.validator.build(plan, arrived))
+        return ticket.submit(requests)
+
+    async def _generate(
+        self, request: HttpRequest, ticket: Ticket, body: GenerateBody, full_text: bool
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        began = time.perf_counter()
+        generations = await self._submit(request, ticket, body, streaming=False)
+        collected = await unless_client_leaves(request, collect_all(generations))
+        best, *others = sorted(collected, key=lambda one: one.mean_logprob, reverse=True)
+        headers = self._headers(best, time.perf_counter() - began)
+        return _reply(best, others, body.options, full_text), headers
+
+    async def _stream(
+        self, request: HttpRequest, ticket: Ticket, body: GenerateBody, full_text: bool
+    ) -> Response:
+        generations = await self._submit(request, ticket, body, streaming=True)
+        events = await unless_client_leaves(request, started(merge(generations)))
+        ticket.keep()
+        return EventStream(
+            _stream_events(events, generations[0], body.options, full_text, ticket),
+            on_end=ticket.close,
+            headers=self._stream_headers(generations[0]),
+        )
+
+    def _stream_headers(self, generation: Generation) -> dict[str, str]:
+        return {
+            "x-compute-type": self.info.compute_type(self.generator),
+            "x-compute-characters": str(len(generation.request.prompt_text)),
+        }
+
+    def _headers(self, one: Collected, compute_s: float) -> dict[str, str]:
+        """Times in whole milliseconds, except `x-compute-time` in seconds."""
+        timings = one.completion.timings
+        per_token = timings.per_token(one.completion.generated_tokens)
+        return self._stream_headers(one.generation) | {
+            "x-compute-time": f"{compute_s:.6f}",
+            "x-total-time": _ms(timings.total),
+            "x-validation-time": _ms(timings.validation),
+            "x-queue-time": _ms(timings.queue),
+            "x-inference-time": _ms(timings.inference),
+            "x-time-per-token": _ms(per_token),
+            "x-prompt-tokens": str(one.generation.stream.prompt_tokens),
+            "x-generated-tokens": str(one.completion.generated_tokens),
+        }
+
+
+def _ms(seconds: float) -> str:
+    return str(round(seconds * 1000))
+
+
+def _token(info: TokenInfo) -> dict[str, Any]:
+    return {
+        "id": info.id,
+        "text": info.text,
+        "logprob": finite(info.logprob),
+        "special": info.special,
+    }
+
+
+def _text(completion: Completion, generation: Generation, wants_full: bool) -> str:
+    return generation.request.prompt_text + completion.text if wants_full else completion.text
+
+
+def _wants_full_text(options: GenerateParameters, default: bool) -> bool:
+    return default if options.return_full_text is None else options.return_full_text
+
+
+def _reply(
+    best: Collected, others: Sequence[Collected], options: GenerateParameters, full_text: bool
+) -> dict[str, Any]:
+    wants_full = _wants_full_text(options, full_text)
+    reply: dict[str, Any] = {"generated_text": _text(best.completion, best.generation, wants_full)}
+    if options.details or options.decoder_input_details:
+        reply["details"] = _details(best, options)
+        if others:
+            reply["details"]["best_of_sequences"] = [
+                {"generated_text": _text(one.completion, one.generation, wants_full)}
+                | _details(one, options)
+                for one in others
+            ]
+    return reply
+
+
+def _details(one: Collected, options: GenerateParameters) -> dict[str, Any]:
+    prefill = one.generation.stream.prompt_logprobs if options.decoder_input_details else []
+    details: dict[str, Any] = {
+        "finish_reason": one.completion.reason.value,
+        "generated_tokens": one.completion.generated_tokens,
+        "seed": one.completion.seed,
+        "prefill": [
+            {"id": info.id, "text": info.text, "logprob": finite(info.logprob)} for info in prefill
+        ],
+        "tokens": [_token(info) for info in one.tokens],
+    }
+    if options.top_n_tokens:
+        details["top_tokens"] = [[_token(info) for info in top] for top in one.top_tokens]
+    return details
+
+
+async def _stream_events(
+    events: AsyncIterator[tuple[int, TokenEvent]],
+    generation: Generation,
+    options: GenerateParameters,
+    full_text: bool,
+    ticket: Ticket,
+) -> AsyncIterator[str]:
+    """The text of the events; a failure is told as the last one."""
+    wants_full = _wants_full_text(options, full_text)
+    index = 0
+    try:
+        async for _, step in events:
+            index += 1
+            yield event(_stream_payload(index, step, generation, options, wants_full))
+    except RouterError as error:
+        ticket.failed(error)
+        yield event(native_error(error))
+    except Exception as error:
+        logger.exception("a stream failed")
+        ticket.failed(error)
+        yield event(native_error(InternalError()))
+
+
+def _stream_payload(
+    index: int,
+    step: TokenEvent,
+    generation: Generation,
+    options: GenerateParameters,
+    wants_full: bool,
+) -> dict[str, Any]:
+    payload: dict[str, Any] = {"index": index, "token": _token(step.token)}
+    if options.top_n_tokens:
+        payload["top_tokens"] = [_token(info) for info in step.top_tokens]
+    payload |= {"generated_text": None, "details": None}
+    if step.completion is not None:
+        payload["generated_text"] = _text(step.completion, generation, wants_full)
+        if options.details:
+            payload["details"] = {
+                "finish_reason": step.completion.reason.value,
+                "generated_tokens": step.completion.generated_tokens,
+                "seed": step.completion.seed,
+                "input_length": generation.stream.prompt_tokens,
+            }
+    return payload

@@ -1,0 +1,47 @@
+"""From generated ids to the text a client may see: detokenised, stop strings honoured."""
+
+from dataclasses import dataclass
+
+from tessera.router.detokenizer import IncrementalDetokenizer
+from tessera.router.request import Request
+from tessera.router.stop import StopMatcher
+from tessera.router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStep:
+    """What one token added."""
+
+    token_text: str  # of the token itself, specials kept
+    text: str  # newly readable and certainly not part of a stop string
+    stopped: bool  # a stop string is complete
+
+
+class Output:
+    """The text of one request, growing token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        stopping = request.stopping
+        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_ids)
+        self._stop = StopMatcher(stopping.stop_sequences, stopping.include_stop_text)
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Everything handed out so far."""
+        return "".join(self._pieces)
+
+    def add(self, token_id: int) -> OutputStep:
+        """Take one more token."""
+        token_text = self._detokenizer.token_text_in_context(token_id)
+        text = self._stop.feed(self._detokenizer.add(token_id))
+        self._pieces.append(text)
+        return OutputStep(token_text, text, self._stop.matched)
+
+    def finish(self) -> str:
+        """What was held back and is text after all."""
+        text = ""
+        if not self._stop.matched:
+            text = self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+        self._pieces.append(text)
+        return text

@@ -1,0 +1,80 @@
+"""What the server says about itself."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tessera.router.errors import NotReadyError
+from tessera.router.generation import Generator
+from tessera.router.settings import RouterSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """Facts that do not change while the server runs."""
+
+    settings: RouterSettings
+    model_name: str  # what replies carry as `model`
+    model_sha: str | None  # of the checkpoint, where it came from the hub
+    has_vision: bool
+    version: str
+    started_at: int  # Unix time, seconds
+    router: str = field(default="tessera-router")
+
+    @property
+    def pipeline_tag(self) -> str:
+        """The hub's name for what the model does."""
+        return "image-text-to-text" if self.has_vision else "text-generation"
+
+    @property
+    def default_full_text(self) -> bool:
+        """Whether POST / repeats the prompt when the client does not say."""
+        return not self.has_vision
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes when the software does."""
+        return f"{self.version}-native"
+
+    def compute_type(self, generator: Generator) -> str:
+        """The `x-compute-type` header, e.g. `2-nvidia-h200`."""
+        limits = generator.limits
+        return f"{limits.num_shard}-{limits.device or 'cpu'}"
+
+    def as_json(self, generator: Generator) -> dict[str, Any]:
+        """The body of GET /info: the keys of text-generation-inference 3, and those 2 had."""
+        settings = self.settings
+        return {
+            "model_id": self.model_name,
+            "model_sha": self.model_sha,
+            "model_pipeline_tag": self.pipeline_tag,
+            "max_concurrent_requests": settings.max_concurrent_requests,
+            "max_best_of": settings.max_best_of,
+            "max_stop_sequences": settings.max_stop_sequences,
+            "validation_workers": settings.validation_workers,
+            "max_client_batch_size": settings.max_client_batch_size,
+            "router": self.router,
+            "version": self.version,
+            "sha": None,
+            "docker_label": None,
+            "waiting_served_ratio": settings.waiting_served_ratio,
+            "max_waiting_tokens": settings.max_waiting_tokens,
+            **_limits_json(generator),
+        }
+
+
+def _limits_json(generator: Generator) -> dict[str, Any]:
+    """What the warm-up found out; null until then."""
+    try:
+        limits = generator.limits
+    except NotReadyError:
+        limits = None
+    return {
+        "max_input_tokens": limits and limits.max_input_tokens,
+        "max_total_tokens": limits and limits.max_total_tokens,
+        "max_batch_prefill_tokens": limits and limits.max_batch_prefill_tokens,
+        "max_batch_total_tokens": limits and limits.max_batch_total_tokens,
+        "max_batch_size": limits and limits.max_batch_size,
+        "model_dtype": limits and limits.dtype,
+        "model_device_type": limits and limits.device,
+        "num_shard": limits and limits.num_shard,
+    }

@@ -1,0 +1,217 @@
+"""The ranks of one model as one: every step goes to all, the answer comes from rank 0."""
+
+import asyncio
+import logging
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import grpc
+
+from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
+from tessera.router.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # a proxy setting of the machine never concerns these sockets
+]
+
+
+class ShardsLost(Exception):
+    """A rank is gone or answered out of order. The message names the rank."""
+
+
+class WarmupFailed(Exception):
+    """A rank cannot size its cache. The message names the settings to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsInfo:
+    """What rank 0 says of the model, the same on all ranks."""
+
+    model_type: str
+    dtype: str
+    device: str
+    backend: str
+    block_size: int
+    vocab_size: int
+    world_size: int
+
+
+StepStream = grpc.aio.StreamStreamCall[shard_pb2.Step, shard_pb2.StepReply]
+
+
+class ShardGroup:
+    """Connections to all ranks, in order of rank."""
+
+    def __init__(self, targets: Seq[str]) -> None:
+        self._targets = targets
+        self._channels: list[grpc.aio.Channel] = []
+        self._stubs: list[shard_pb2_grpc.ShardStub] = []
+        self._streams: list[StepStream] = []
+        self._next_step_id = 0
+
+    async def connect(self, poll_s: float = 0.2) -> ShardsInfo:
+        """Wait until every rank has loaded its weights. Never gives up: the launcher does."""
+        self._channels = [grpc.aio.insecure_channel(t, options=OPTIONS) for t in self._targets]
+        self._stubs = [shard_pb2_grpc.ShardStub(channel) for channel in self._channels]
+        infos = [await self._info(rank, poll_s) for rank in range(len(self._stubs))]
+        first = infos[0]
+        return ShardsInfo(
+            first.model_type,
+            first.dtype,
+            first.device,
+            first.backend,
+            first.block_size,
+            first.vocab_size,
+            first.world_size,
+        )
+
+    async def warm_up(self, request: shard_pb2.WarmupRequest) -> int:
+        """Let all ranks size their caches together; returns the blocks that all of them have.
+
+        Raises:
+            WarmupFailed: the model does not fit as configured.
+        """
+        calls = [stub.Warmup(request) for stub in self._stubs]
+        try:
+            replies = await asyncio.gather(*calls)
+        except grpc.aio.AioRpcError as error:
+            raise WarmupFailed(error.details() or "warm-up failed") from None
+        self._streams = [stub.Steps() for stub in self._stubs]
+        return min(reply.num_blocks for reply in replies)
+
+    async def run(self, plan: StepPlan) -> shard_pb2.StepReply:
+        """Send one step to all ranks and wait for it.
+
+        Raises:
+            ShardsLost: a rank did not answer this step.
+        """
+        step = step_message(plan, self._next_step_id)
+        self._next_step_id += 1
+        replies = await asyncio.gather(
+            *(self._exchange(rank, stream, step) for rank, stream in enumerate(self._streams))
+        )
+        return replies[0]
+
+    async def close(self) -> None:
+        """Close the streams, which makes the shards forget every sequence, and the channels."""
+        for stream in self._streams:
+            stream.cancel()
+        for channel in self._channels:
+            await channel.close()
+
+    async def _info(self, rank: int, poll_s: float) -> shard_pb2.InfoReply:
+        while True:
+            try:
+                return await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=5)
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(poll_s)
+
+    async def _exchange(
+        self, rank: int, stream: StepStream, step: shard_pb2.Step
+    ) -> shard_pb2.StepReply:
+        try:
+            await stream.write(step)
+            reply = await stream.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
+        if not isinstance(reply, shard_pb2.StepReply):  # grpc.aio.EOF
+            raise ShardsLost(f"rank {rank} closed its stream: {await stream.details()}")
+        if reply.step_id != step.step_id:
+            raise ShardsLost(f"rank {rank} answered step {reply.step_id}, not {step.step_id}")
+        return reply
+
+
+def step_message(plan: StepPlan, step_id: int) -> shard_pb2.Step:
+    """The message of a planned step."""
+    return shard_pb2.Step(
+        step_id=step_id,
+        released_sequence_ids=plan.released_sequence_ids,
+        released_images=plan.released_images,
+        images=[
+            shard_pb2.Image(
+                content_hash=image.content_hash,
+                height=image.height,
+                width=image.width,
+                num_tiles=image.num_tiles,
+                tiles=image.tiles,
+            )
+            for image in plan.images
+        ],
+        chunks=[_chunk_message(chunk) for chunk in plan.chunks],
+        decodes=[_decode_message(row) for row in plan.decodes],
+    )
+
+
+def _decode_message(row: DecodePlan) -> shard_pb2.DecodeRow:
+    return shard_pb2.DecodeRow(
+        sequence_id=row.sequence.sequence_id,
+        token_id=row.token_id,
+        context_len=row.context_len,
+        new_block_ids=row.new_block_ids,
+    )
+
+
+def _chunk_message(chunk: ChunkPlan) -> shard_pb2.Chunk:
+    sequence = chunk.sequence
+    message = shard_pb2.Chunk(
+        sequence_id=sequence.sequence_id,
+        first_position=chunk.first,
+        token_ids=sequence.token_ids[chunk.first : chunk.last],
+        new_block_ids=chunk.new_block_ids,
+        images=_spans(chunk),
+        is_last=chunk.is_last,
+    )
+    if chunk.is_start:
+        message.sampling.CopyFrom(sampling_message(sequence))
+        message.num_prompt_tokens = sequence.num_prompt_tokens
+    return message
+
+
+def _spans(chunk: ChunkPlan) -> list[shard_pb2.ImageSpan]:
+    spans = []
+    for placed in chunk.sequence.images_between(chunk.first, chunk.last):
+        start = max(placed.offset, chunk.first)
+        end = min(placed.offset + placed.image.num_tokens, chunk.last)
+        spans.append(
+            shard_pb2.ImageSpan(
+                content_hash=placed.image.content_hash,
+                offset=start - chunk.first,
+                first_feature=start - placed.offset,
+                length=end - start,
+            )
+        )
+    return spans
+
+
+def sampling_message(sequence: Sequence) -> shard_pb2.SamplingParams:
+    """A sequence's sampling parameters; neutral values stay absent."""
+    params = sequence.request.sampling
+    message = shard_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        seed=params.seed,
+        top_n_tokens=params.top_n_tokens,
+        prompt_logprobs=params.prompt_logprobs,
+        logit_bias=[shard_pb2.LogitBias(token_id=i, bias=b) for i, b in params.logit_bias],
+    )
+    if params.top_p < 1:
+        message.top_p = params.top_p
+    if params.typical_p < 1:
+        message.typical_p = params.typical_p
+    if params.repetition_penalty != 1:
+        message.repetition_penalty = params.repetition_penalty
+    return message
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return "the stream is closed"

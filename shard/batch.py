@@ -1,0 +1,200 @@
+"""From a step's message to the tensors of one forward pass."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.proto import shard_pb2
+from tessera.shard.backends.base import StepLayout
+from tessera.shard.errors import DivergenceError
+from tessera.shard.kv_cache import BlockTables
+from tessera.shard.sequence import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """Image features that replace the embeddings of placeholder tokens."""
+
+    sequence_id: int
+    content_hash: bytes
+    first_row: int  # in the packed inputs
+    first_feature: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """Rows whose logits score the prompt itself."""
+
+    sequence: SequenceState
+    first_row: int
+    first_position: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass: decode rows first, then the chunks, packed without padding."""
+
+    ids_T: Tensor
+    layout: StepLayout
+    splices: list[Splice]
+    sampled: list[SequenceState]  # one per row of `sample_rows`
+    sample_rows: list[int]  # rows of T whose next token is sampled
+    prompt_spans: list[PromptSpan]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return self.ids_T.shape[0]
+
+
+class BatchBuilder:
+    """Keeps the live sequences and turns every step into a `Batch`."""
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._tables = BlockTables()
+        self.sequences: dict[int, SequenceState] = {}
+
+    def release(self, sequence_ids: list[int]) -> None:
+        """Forget sequences; unknown ids are those that failed here before and are harmless."""
+        for sequence_id in sequence_ids:
+            sequence = self.sequences.pop(sequence_id, None)
+            if sequence is not None:
+                self._tables.free_row(sequence.table_row)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self.release(list(self.sequences))
+
+    def build(self, step: shard_pb2.Step) -> Batch | None:
+        """The tensors of `step`, or None when it computes nothing.
+
+        Raises:
+            DivergenceError: the step speaks of a sequence or position that this shard does not have.
+        """
+        rows = _Rows()
+        for row in step.decodes:
+            self._add_decode(row, rows)
+        for chunk in step.chunks:
+            self._add_chunk(chunk, rows)
+        if not rows.ids:
+            return None
+        return Batch(
+            ids_T=torch.tensor(rows.ids, dtype=torch.int64, device=self._device),
+            layout=self._layout(rows),
+            splices=rows.splices,
+            sampled=rows.sampled,
+            sample_rows=rows.sample_rows,
+            prompt_spans=rows.prompt_spans,
+        )
+
+    def _add_decode(self, row: shard_pb2.DecodeRow, rows: "_Rows") -> None:
+        sequence = self.sequences.get(row.sequence_id)
+        if sequence is None or row.context_len != sequence.context_len + 1:
+            have = "no such sequence" if sequence is None else f"{sequence.context_len} tokens"
+            raise DivergenceError(
+                f"sequence {row.sequence_id}: asked for context {row.context_len}, have {have}"
+            )
+        if row.HasField("token_id"):
+            del sequence.token_ids[sequence.context_len :]
+            sequence.token_ids.append(row.token_id)
+        self._grow(sequence, list(row.new_block_ids))
+        first = len(rows.ids)
+        rows.ids.append(sequence.token_ids[sequence.context_len])
+        rows.add_span(sequence, first, 1)
+        sequence.context_len += 1
+        rows.sample(sequence, first)
+
+    def _add_chunk(self, chunk: shard_pb2.Chunk, rows: "_Rows") -> None:
+        sequence = self._chunk_sequence(chunk)
+        self._grow(sequence, list(chunk.new_block_ids))
+        first, length = len(rows.ids), len(chunk.token_ids)
+        rows.ids.extend(chunk.token_ids)
+        rows.add_span(sequence, first, length)
+        if sequence.sampling.prompt_logprobs:
+            rows.prompt_spans.append(PromptSpan(sequence, first, chunk.first_position, length))
+        for span in chunk.images:
+            rows.splices.append(
+                Splice(
+                    sequence.sequence_id,
+                    span.content_hash,
+                    first + span.offset,
+                    span.first_feature,
+                    span.length,
+                )
+            )
+        sequence.token_ids.extend(chunk.token_ids)
+        sequence.context_len += length
+        if chunk.is_last:
+            rows.sample(sequence, first + length - 1)
+
+    def _chunk_sequence(self, chunk: shard_pb2.Chunk) -> SequenceState:
+        sequence = self.sequences.get(chunk.sequence_id)
+        if sequence is None and chunk.first_position == 0:
+            sequence = SequenceState(
+                chunk.sequence_id, self._tables.new_row(), chunk.sampling, chunk.num_prompt_tokens
+            )
+            self.sequences[chunk.sequence_id] = sequence
+        if sequence is None or sequence.context_len != chunk.first_position:
+            have = "no such sequence" if sequence is None else f"{sequence.context_len} tokens"
+            raise DivergenceError(
+                f"sequence {chunk.sequence_id}: chunk from {chunk.first_position}, have {have}"
+            )
+        return sequence
+
+    def _grow(self, sequence: SequenceState, block_ids: list[int]) -> None:
+        if block_ids:
+            self._tables.append(sequence.table_row, sequence.num_blocks, block_ids)
+            sequence.num_blocks += len(block_ids)
+
+    def _layout(self, rows: "_Rows") -> StepLayout:
+        columns = max(sequence.num_blocks for sequence in rows.sequences)
+        tables = self._tables.select([s.table_row for s in rows.sequences], columns)
+        starts = np.array(rows.query_start, np.int64)
+        lengths = np.diff(starts)
+        contexts = np.array(rows.context_lens, np.int64)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        # A sequence's new tokens are its last ones: the first of them sits at context - length.
+        positions = np.arange(starts[-1]) - (starts[:-1] - (contexts - lengths))[owner]
+        blocks = tables[owner, positions // self._block_size].astype(np.int64)
+        slots = blocks * self._block_size + positions % self._block_size
+        return StepLayout(
+            positions_T=self._tensor(positions),
+            slots_T=self._tensor(slots),
+            query_start_S1=self._tensor(starts.astype(np.int32)),
+            context_lens_S=self._tensor(contexts.astype(np.int32)),
+            block_tables_SM=self._tensor(tables),
+            query_start=tuple(rows.query_start),
+            context_lens=tuple(rows.context_lens),
+        )
+
+    def _tensor(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+class _Rows:
+    """The packed rows of a step while they are gathered."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.sequences: list[SequenceState] = []
+        self.query_start: list[int] = [0]
+        self.context_lens: list[int] = []
+        self.splices: list[Splice] = []
+        self.sampled: list[SequenceState] = []
+        self.sample_rows: list[int] = []
+        self.prompt_spans: list[PromptSpan] = []
+
+    def add_span(self, sequence: SequenceState, first_row: int, length: int) -> None:
+        self.sequences.append(sequence)
+        self.query_start.append(first_row + length)
+        self.context_lens.append(sequence.context_len + length)
+
+    def sample(self, sequence: SequenceState, row: int) -> None:
+        self.sampled.append(sequence)
+        self.sample_rows.append(row)

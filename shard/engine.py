@@ -1,0 +1,214 @@
+"""Runs steps on one rank: images, forward pass, sampling. One thread calls it, one step at a time."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tessera.proto import shard_pb2
+from tessera.shard.backends.base import CacheShape, LayerCache
+from tessera.shard.batch import Batch, BatchBuilder, PromptSpan, Splice
+from tessera.shard.errors import DeviceError
+from tessera.shard.models.base import ImageTiles, Model, Placement
+from tessera.shard.sampler import Sampled, SampleRow, sample
+from tessera.shard.sequence import SequenceState
+from tessera.shard.vision_cache import VisionCache
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROB_ROWS = 256
+"""Prompt positions scored at once; bounds the [rows, vocabulary] logits a long prompt needs."""
+
+
+class Engine:
+    """A loaded model, its KV cache and the sequences in flight."""
+
+    def __init__(self, model: Model, placement: Placement, block_size: int) -> None:
+        self.model = model
+        self.placement = placement
+        self.block_size = block_size
+        self._builder = BatchBuilder(block_size, placement.backend.device)
+        self._vision = VisionCache()
+        self._caches: list[LayerCache] = []
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Sizes of this rank's KV cache."""
+        return CacheShape(
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            head_size=self.model.head_size,
+            block_size=self.block_size,
+            dtype=self.placement.dtype,
+        )
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Allocate `num_blocks` usable blocks and the scratch block 0.
+
+        Raises:
+            DeviceError: the device has no room for them.
+        """
+        self._caches = []
+        try:
+            self._caches = self.placement.backend.new_cache(self.cache_shape, num_blocks + 1)
+        except (RuntimeError, MemoryError) as error:
+            needed = (num_blocks + 1) * self.cache_shape.block_bytes
+            raise DeviceError(
+                f"no room for a KV cache of {num_blocks} blocks ({needed / 2**20:.0f} MiB); "
+                "lower MAX_BATCH_TOTAL_TOKENS"
+            ) from error
+
+    def reset(self) -> None:
+        """Forget every sequence and image, as when a router connects anew."""
+        self._builder.clear()
+        self._vision.clear()
+
+    @torch.inference_mode()
+    def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+        """Compute one step.
+
+        A sequence whose logits are not finite, or whose image features are absent, fails alone;
+        its neighbours' tokens are in the same reply.
+
+        Raises:
+            DivergenceError: router and shard disagree; nothing of the step can be trusted.
+        """
+        reply = shard_pb2.StepReply(step_id=step.step_id)
+        self._builder.release(list(step.released_sequence_ids))
+        for content_hash in step.released_images:
+            self._vision.release(content_hash)
+        started = time.perf_counter_ns()
+        self._encode_images(step.images)
+        encoded = time.perf_counter_ns()
+        reply.vision_ns = encoded - started
+        batch = self._builder.build(step)
+        if batch is not None:
+            self._forward(batch, reply, encoded)
+        return reply
+
+    def _forward(self, batch: Batch, reply: shard_pb2.StepReply, started: int) -> None:
+        x_TD = self.model.embed(batch.ids_T)
+        failures = self._splice(x_TD, batch.splices)
+        hidden_TD = self.model.forward(x_TD, self._caches, batch.layout)
+        for span in batch.prompt_spans:
+            self._score_prompt(hidden_TD, batch.ids_T, span, reply)
+        logits_RV = None
+        if batch.sample_rows:
+            rows_R = torch.tensor(batch.sample_rows, device=hidden_TD.device)
+            logits_RV = self.model.logits(hidden_TD[rows_R])
+        self.placement.backend.synchronize()
+        forwarded = time.perf_counter_ns()
+        reply.forward_ns = forwarded - started
+        if batch.sampled:
+            self._sample(batch.sampled, logits_RV, failures, reply)
+        reply.sample_ns = time.perf_counter_ns() - forwarded
+        for sequence_id, message in failures.items():
+            reply.failures.add(sequence_id=sequence_id, message=message)
+
+    def _encode_images(self, images: Sequence[shard_pb2.Image]) -> None:
+        new = [image for image in images if image.content_hash not in self._vision]
+        if not new:
+            return
+        features = self.model.encode_images([_tiles(image) for image in new])
+        for image, features_TD in zip(new, features, strict=True):
+            self._vision.put(image.content_hash, features_TD)
+
+    def _splice(self, x_TD: Tensor, splices: Sequence[Splice]) -> dict[int, str]:
+        """Put image features over placeholder embeddings; returns failures by sequence."""
+        failures: dict[int, str] = {}
+        for splice in splices:
+            features_TD = self._vision.get(splice.content_hash)
+            last = splice.first_feature + splice.length
+            if features_TD is None or last > features_TD.shape[0]:
+                have = 0 if features_TD is None else features_TD.shape[0]
+                failures[splice.sequence_id] = f"image needs {last} features, the shard has {have}"
+                continue
+            rows = slice(splice.first_row, splice.first_row + splice.length)
+            x_TD[rows] = features_TD[splice.first_feature : last].to(x_TD.dtype)
+        return failures
+
+    def _sample(
+        self,
+        sequences: Sequence[SequenceState],
+        logits_RV: Tensor | None,
+        failures: dict[int, str],
+        reply: shard_pb2.StepReply,
+    ) -> None:
+        """Choose tokens on rank 0, tell the other ranks, remember them on all."""
+        ids_R = torch.zeros(len(sequences), dtype=torch.int64, device=self.placement.backend.device)
+        sampled: list[Sampled] = []
+        if logits_RV is not None:
+            logits_RV = _fail_non_finite(logits_RV, sequences, failures)
+            sampled = sample(logits_RV, [_sample_row(sequence) for sequence in sequences])
+            ids_R.copy_(torch.tensor([token.token_id for token in sampled]))
+        token_ids = self.placement.group.broadcast(ids_R).tolist()
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            sequence.token_ids.append(token_id)
+        for sequence, token in zip(sequences, sampled, strict=False):
+            if sequence.sequence_id not in failures:
+                _report(reply, sequence.sequence_id, token)
+
+    def _score_prompt(
+        self, hidden_TD: Tensor, ids_T: Tensor, span: PromptSpan, reply: shard_pb2.StepReply
+    ) -> None:
+        """Logprobs of a chunk's tokens, each given those before it; a collective on all ranks."""
+        logprobs: list[float] = []
+        carried_V = span.sequence.carried_logits_V
+        for start in range(0, span.length, PROMPT_LOGPROB_ROWS):
+            first = span.first_row + start
+            last = span.first_row + min(start + PROMPT_LOGPROB_ROWS, span.length)
+            logits_RV = self.model.logits(hidden_TD[first:last])
+            if logits_RV is None:
+                continue
+            before = [carried_V[None]] if carried_V is not None else []
+            scores_RV = torch.cat([*before, logits_RV[:-1]]).log_softmax(dim=-1)
+            targets_R = ids_T[last - scores_RV.shape[0] : last]
+            logprobs += scores_RV.gather(1, targets_R[:, None])[:, 0].tolist()
+            carried_V = logits_RV[-1]
+        if self.placement.group.rank == 0:
+            span.sequence.carried_logits_V = carried_V
+            reply.prompt_logprobs.add(
+                sequence_id=span.sequence.sequence_id,
+                first_position=span.first_position + span.length - len(logprobs),
+                logprobs=logprobs,
+            )
+
+
+def _tiles(image: shard_pb2.Image) -> ImageTiles:
+    side = int((len(image.tiles) // (3 * image.num_tiles)) ** 0.5)
+    flat = torch.frombuffer(bytearray(image.tiles), dtype=torch.uint8)
+    return ImageTiles(flat.view(image.num_tiles, side, side, 3), image.height, image.width)
+
+
+def _fail_non_finite(
+    logits_RV: Tensor, sequences: Sequence[SequenceState], failures: dict[int, str]
+) -> Tensor:
+    """Record rows with NaN or infinite logits and neutralise them, so that sampling goes on."""
+    finite_R = logits_RV.isfinite().all(dim=-1)
+    if bool(finite_R.all()):
+        return logits_RV
+    for sequence, finite in zip(sequences, finite_R.tolist(), strict=True):
+        if not finite:
+            failures.setdefault(
+                sequence.sequence_id, "the model's output is not finite (NaN or infinity)"
+            )
+    return logits_RV.masked_fill(~finite_R[:, None], 0.0)
+
+
+def _sample_row(sequence: SequenceState) -> SampleRow:
+    return SampleRow(
+        params=sequence.sampling,
+        position=sequence.context_len,
+        prompt_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+        generated_ids=sequence.generated_ids,
+    )
+
+
+def _report(reply: shard_pb2.StepReply, sequence_id: int, token: Sampled) -> None:
+    entry = reply.tokens.add(
+        sequence_id=sequence_id, token_id=token.token_id, logprob=token.logprob
+    )
+    for token_id, logprob in token.top_tokens:
+        entry.top_tokens.add(token_id=token_id, logprob=logprob)

@@ -1,0 +1,71 @@
+"""The shard's gRPC face: decode the message, run the step on the device thread, encode the answer."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.shard.engine import Engine
+from tessera.shard.errors import DeviceError, DivergenceError
+
+logger = logging.getLogger(__name__)
+
+Warmup = Callable[[shard_pb2.WarmupRequest], shard_pb2.WarmupReply]
+
+
+class ShardService(shard_pb2_grpc.ShardServicer):
+    """One rank. Steps run one at a time, on the one thread that owns the device."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        info: shard_pb2.InfoReply,
+        warm_up: Warmup,
+        device_thread: ThreadPoolExecutor,
+    ) -> None:
+        self._engine = engine
+        self._info = info
+        self._warm_up = warm_up
+        self._device_thread = device_thread
+
+    async def Info(  # noqa: N802  (the name is the RPC's)
+        self, request: shard_pb2.InfoRequest, context: grpc.aio.ServicerContext
+    ) -> shard_pb2.InfoReply:
+        """What was loaded."""
+        return self._info
+
+    async def Warmup(  # noqa: N802
+        self, request: shard_pb2.WarmupRequest, context: grpc.aio.ServicerContext
+    ) -> shard_pb2.WarmupReply:
+        """Size the KV cache; RESOURCE_EXHAUSTED with the settings to lower when it does not fit."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._device_thread, self._warm_up, request)
+        except DeviceError as error:
+            return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    async def Steps(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[shard_pb2.Step],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[shard_pb2.StepReply]:
+        """Run steps in order until the router closes the stream."""
+        loop = asyncio.get_running_loop()
+        next_step_id = 0
+        try:
+            async for step in request_iterator:
+                if step.step_id != next_step_id:
+                    raise DivergenceError(f"got step {step.step_id}, expected {next_step_id}")
+                next_step_id += 1
+                yield await loop.run_in_executor(self._device_thread, self._engine.run, step)
+        except DivergenceError as error:
+            logger.error("router and shard have diverged: %s", error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except Exception:
+            logger.exception("a step failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "a step failed; see the shard's log")
+        finally:
+            await loop.run_in_executor(self._device_thread, self._engine.reset)

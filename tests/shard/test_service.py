@@ -1,0 +1,121 @@
+"""The gRPC face of a shard, with an engine that computes nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+import pytest
+
+from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.shard.errors import DeviceError, DivergenceError
+from tessera.shard.service import ShardService
+
+T = TypeVar("T")
+
+
+class EchoEngine:
+    """Answers each decode row with its token plus one, so that a lost or swapped row shows."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.resets = 0
+
+    def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+        if self.failure is not None:
+            raise self.failure
+        reply = shard_pb2.StepReply(step_id=step.step_id)
+        for row in step.decodes:
+            reply.tokens.add(sequence_id=row.sequence_id, token_id=row.token_id + 1)
+        return reply
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def no_memory(request: shard_pb2.WarmupRequest) -> shard_pb2.WarmupReply:
+    raise DeviceError(f"lower MAX_TOTAL_TOKENS={request.max_context_len}")
+
+
+def with_service(
+    engine: EchoEngine, use: Callable[[shard_pb2_grpc.ShardStub], Awaitable[T]]
+) -> T:
+    async def go() -> T:
+        with ThreadPoolExecutor(1) as thread:
+            server = grpc.aio.server()
+            info = shard_pb2.InfoReply(rank=1, world_size=2)
+            service = ShardService(engine, info, no_memory, thread)  # type: ignore[arg-type]
+            shard_pb2_grpc.add_ShardServicer_to_server(service, server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            try:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    return await use(shard_pb2_grpc.ShardStub(channel))
+            finally:
+                await server.stop(grace=1)
+
+    return asyncio.run(go())
+
+
+def step(step_id: int, *token_ids: int) -> shard_pb2.Step:
+    rows = [shard_pb2.DecodeRow(sequence_id=9 - n, token_id=t) for n, t in enumerate(token_ids)]
+    return shard_pb2.Step(step_id=step_id, decodes=rows)
+
+
+async def replies(
+    stub: shard_pb2_grpc.ShardStub, *steps: shard_pb2.Step
+) -> list[shard_pb2.StepReply]:
+    async def requests() -> AsyncIterator[shard_pb2.Step]:
+        for message in steps:
+            yield message
+
+    return [reply async for reply in stub.Steps(requests())]
+
+
+def test_steps_are_answered_in_order() -> None:
+    engine = EchoEngine()
+    got = with_service(engine, lambda stub: replies(stub, step(0, 40, 10), step(1), step(2, 7)))
+    assert [reply.step_id for reply in got] == [0, 1, 2]
+    assert [token.token_id for token in got[0].tokens] == [41, 11]
+
+
+def test_closing_the_stream_releases_every_sequence() -> None:
+    engine = EchoEngine()
+    with_service(engine, lambda stub: replies(stub, step(0, 1)))
+    assert engine.resets == 1
+
+
+def test_skipped_step_is_refused() -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        with_service(EchoEngine(), lambda stub: replies(stub, step(0), step(2)))
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "expected 1" in (error.value.details() or "")
+
+
+def test_divergence_found_by_the_engine_is_told() -> None:
+    engine = EchoEngine(DivergenceError("sequence 3: have no such sequence"))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        with_service(engine, lambda stub: replies(stub, step(0)))
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_bug_in_a_step_ends_the_stream_without_its_details() -> None:
+    engine = EchoEngine(RuntimeError("secret /path"))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        with_service(engine, lambda stub: replies(stub, step(0)))
+    assert error.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in (error.value.details() or "")
+
+
+def test_info_and_a_warm_up_that_does_not_fit() -> None:
+    async def use(stub: shard_pb2_grpc.ShardStub) -> tuple[int, str]:
+        info = await stub.Info(shard_pb2.InfoRequest())
+        try:
+            await stub.Warmup(shard_pb2.WarmupRequest(max_context_len=9))
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            return info.world_size, error.details() or ""
+        raise AssertionError("the warm-up did not fail")
+
+    assert with_service(EchoEngine(), use) == (2, "lower MAX_TOTAL_TOKENS=9")
