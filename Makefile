@@ -16,3 +16,21 @@ proto: typed  ## regenerate the stubs from proto/shard.proto
 	@mkdir -p build/proto && cd .typed && ../$(BIN)/python -m grpc_tools.protoc -I . \
 	  --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. tessera/proto/shard.proto
+
+test: setup  ## all tests that need no accelerator
+	$(BIN)/python -m pytest -q
+
+check: setup typed  ## ruff, mypy --strict, import contracts, generated files current
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p tessera.launcher -p tessera.proto -p tessera.router -p tessera.shard
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory proto docs && git diff --exit-code -- proto README.md \
+	  || { echo "generated files were not current: commit what 'make proto docs' wrote"; exit 1; }
+
+docs:  ## write the settings table into README.md
+	@$(BIN)/python tests/contracts/readme.py
+
+format:  ## format and sort imports
+	$(BIN)/ruff check --fix-only -q
+	$(BIN)/ruff format -q

@@ -1,21 +1,23 @@
-"""One launch: take the port, fetch the model, start shards and router, keep watch, stop in order."""
+"""One launch: take the port, fetch the model, start shards and router, keep watch, stop."""
 
 import contextlib
 import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tessera.launcher.devices import Devices, Machine, find_devices
-from tessera.launcher.download import fetch_spec, local_folder, read_result
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.http_socket import open_http_socket, url_of
+from tessera.launcher.model_folder import local_folder
 from tessera.launcher.plan import (
     Place,
     ProcessSpec,
     count_shards,
+    plan_download,
     plan_processes,
     shard_name,
     socket_prefix,
@@ -28,12 +30,18 @@ from tessera.launcher.supervisor import Child, Events, StopRequested, Supervisor
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the line with which the router reports
-STOP_GRACE_S = 10.0  # for a process that has nothing to finish
+STOP_GRACE_S = 5.0  # for a process that has nothing to finish
 DRAIN_MARGIN_S = 5.0  # the router ends what is late itself; this long it may take to do so
 
 
-def launch(settings: Settings, machine: Machine) -> None:
+Planner = Callable[[Settings, Devices, Place], list[ProcessSpec]]
+
+
+def launch(settings: Settings, machine: Machine, planner: Planner = plan_processes) -> None:
     """Serve until told to stop.
+
+    Args:
+        planner: says which processes to run; tests put other programs in their place.
 
     Raises:
         LaunchError: it could not start, or a process ended. Nothing is left running or lying.
@@ -46,11 +54,11 @@ def launch(settings: Settings, machine: Machine) -> None:
         folder = stack.enter_context(run_folder(Path(settings.environ.get("TMPDIR") or "/tmp")))
         supervisor = Supervisor(events)
         stack.callback(supervisor.kill_all)
-        server = Server(settings, supervisor, folder)
+        server = Server(settings, supervisor, folder, planner)
         try:
             server.run(listener, machine)
         except StopRequested:
-            logger.info("stopping")
+            logger.info("stopping; SIGINT (Ctrl-C) once more stops at once")
             server.stop(graceful=True)
             logger.info("stopped")
         except LaunchError:
@@ -65,6 +73,7 @@ class Server:
     settings: Settings
     supervisor: Supervisor
     folder: Path
+    planner: Planner
     router: Child | None = None
     ready: bool = False
 
@@ -112,16 +121,16 @@ class Server:
         if local is not None:
             return local
         result = self.folder / "model-folder"
-        download = self.supervisor.start(fetch_spec(settings, result))
+        download = self.supervisor.start(plan_download(settings, result, os.getpid()))
         self.supervisor.wait_for_end(download)
-        return read_result(result)
+        return Path(result.read_text(encoding="utf-8"))
 
     def _start(self, model: Path, devices: Devices, listener: socket.socket) -> None:
         report, ready_fd = os.pipe()
         place = Place(model, self.folder, listener.fileno(), ready_fd, os.getpid())
         try:
             self.supervisor.listen(report)
-            for spec in plan_processes(self.settings, devices, place):
+            for spec in self.planner(self.settings, devices, place):
                 self._start_one(spec)
         finally:
             # The router has its own copies. Ours would keep clients waiting on a closing server

@@ -1,4 +1,4 @@
-"""Entry point of the launcher: read the settings, set up the log, launch, turn errors into a line."""
+"""Entry point of the launcher: settings, log, launch, and one line for what went wrong."""
 
 import contextlib
 import logging
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from tessera.launcher.devices import Machine, installed_version
 from tessera.launcher.errors import LaunchError
-from tessera.launcher.launch import launch
+from tessera.launcher.launch import Planner, launch
+from tessera.launcher.plan import plan_processes
 from tessera.launcher.settings import Settings
 from tessera.proto.env import SettingsError, process_environment, shown
 from tessera.proto.lifeline import die_with_parent
@@ -18,8 +19,12 @@ from tessera.proto.logs import configure_logging, escaped
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, planner: Planner = plan_processes) -> int:
     """Serve until told to stop.
+
+    Args:
+        arguments: flags; those of this process if left out.
+        planner: as in `launch`.
 
     Returns:
         The exit code: 0 after SIGTERM or SIGINT, 1 after an error. A wrong flag exits with 2.
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         router = settings.router
         configure_logging(router.log_level, router.json_output, background=True)
         _log_start(settings)
-        launch(settings, Machine.here(settings.environ))
+        launch(settings, Machine.here(settings.environ), planner)
     except (SettingsError, LaunchError) as error:
         _report(str(error))
         return 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tessera.launcher.devices import Devices
 from tessera.launcher.errors import LaunchError
+from tessera.launcher.model_folder import DEMO_NAME
 from tessera.launcher.settings import CLASSES, Settings
 from tessera.proto.env import environment_names, to_environment
 from tessera.proto.lifeline import LAUNCHER_PID
@@ -66,6 +67,24 @@ def plan_processes(settings: Settings, devices: Devices, place: Place) -> list[P
         for rank in range(world_size)
     ]
     return [*shards, _plan_router(settings, place, prefix, world_size)]
+
+
+def plan_download(settings: Settings, result: Path, launcher_pid: int) -> ProcessSpec:
+    """The process that fetches the model and writes its folder's name into `result`."""
+    told = settings.launcher
+    environ = _inherited(settings) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    token = next((text for name in HUB_SECRETS if (text := settings.environ.get(name))), "")
+    if token:
+        environ["HF_TOKEN"] = token
+    environ[LAUNCHER_PID] = str(launcher_pid)
+    argv = [*_module("tessera.launcher.download")]
+    argv += ["--result", str(result), "--log-level", settings.router.log_level]
+    if told.revision:
+        argv += ["--revision", told.revision]
+    if told.huggingface_hub_cache:
+        argv += ["--cache-dir", told.huggingface_hub_cache]
+    argv += ["--", settings.router.model_id]
+    return ProcessSpec("download", tuple(argv), environ)
 
 
 def count_shards(settings: Settings, devices: Devices) -> int:
@@ -147,7 +166,9 @@ def _plan_router(settings: Settings, place: Place, prefix: str, world_size: int)
     router = replace(
         settings.router,
         model_id=str(place.model_folder),
-        served_model_name=settings.router.served_model_name or settings.router.model_id,
+        served_model_name=settings.router.served_model_name
+        or settings.router.model_id
+        or DEMO_NAME,
         num_shard=world_size,
         shard_uds_path=prefix,
         http_socket_fd=place.http_socket_fd,
@@ -167,14 +188,13 @@ def _child_environ(
     Leaving out first matters: a setting equal to its default is not written, and must not then be
     taken from the environment that a flag was meant to overrule.
     """
-    own = environment_names(*CLASSES)
-    inherited = {
-        name: text
-        for name, text in settings.environ.items()
-        if name not in own and name not in HUB_SECRETS
-    }
     told = {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(place.launcher_pid)}
-    return inherited | OFFLINE_HUB | told | to_environment(child)
+    return _inherited(settings) | OFFLINE_HUB | told | to_environment(child)
+
+
+def _inherited(settings: Settings) -> dict[str, str]:
+    dropped = environment_names(*CLASSES) | frozenset(HUB_SECRETS)
+    return {name: text for name, text in settings.environ.items() if name not in dropped}
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from tessera.proto.env import size_text
+
 FOLDER = Path("/dev/shm")
 NCCL_BYTES = 1 << 30  # for transport between GPUs that cannot reach each other directly
 HOST_BYTES = 48 << 20  # for the sums of ranks that share a host
@@ -21,10 +23,10 @@ def check_shared_memory(wanted: int | None, kind: str, world_size: int, total: i
         needed = NCCL_BYTES if kind == "cuda" else HOST_BYTES
     if total >= needed or (wanted is None and total == 0):
         return ""
-    said = f"SHM_SIZE={readable(needed)}" if wanted else f"{world_size} shards"
+    said = f"SHM_SIZE={size_text(needed)}" if wanted else f"{world_size} shards"
     return (
-        f"/dev/shm has {readable(total)} but {said} asks for {readable(needed)}; start the "
-        f"container with --shm-size {readable(needed).replace(' ', '').replace('iB', '').lower()}."
+        f"/dev/shm has {size_text(total)} but {said} asks for {size_text(needed)}; start the "
+        f"container with --shm-size {size_text(needed).replace(' ', '').replace('iB', '').lower()}."
     )
 
 
@@ -35,11 +37,3 @@ def shared_memory_bytes(folder: Path = FOLDER) -> int:
     except OSError:
         return 0
     return status.f_blocks * status.f_frsize
-
-
-def readable(size: int) -> str:
-    """A size as `64 MiB`, in the largest unit that leaves a whole number."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size} B"

@@ -21,7 +21,7 @@ from typing import IO
 
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.plan import ProcessSpec
-from tessera.proto.logs import PROCESS_FIELD, escaped
+from tessera.proto.logs import CHILD, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ class Child:
         errors = [line for line in self._tail if line.startswith(ERROR_PREFIX)]
         if errors:
             return errors[-1].removeprefix(ERROR_PREFIX)
-        return " | ".join(list(self._tail)[-SHOWN_TAIL_LINES:])
+        told = [line.strip() for line in self._tail if line.strip("~^ ")]  # not a traceback's marks
+        return " | ".join(told[-SHOWN_TAIL_LINES:])
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -161,7 +162,7 @@ class Child:
         """Log one line of the child under its name; JSON log lines keep their level."""
         level, message = _parse_log_line(text) or (level, text)
         self._tail.append(escaped(message))
-        logger.log(level, "%s", message, extra={PROCESS_FIELD: self.name})
+        logger.log(level, "%s", message, extra={CHILD: self.name})
 
 
 def _parse_log_line(text: str) -> tuple[int, str] | None:
@@ -251,29 +252,35 @@ class Supervisor:
 
         A second SIGINT meanwhile kills everything at once.
         """
-        children = [child for child in children if child.code is None]
-        for child in children:
+        waiting = [child for child in children if child.code is None]
+        for child in waiting:
             child.terminate()
         deadline = self._clock() + grace_s
-        while any(child.code is None for child in children):
+        while waiting:
             event = self._next(deadline)
+            waiting = [child for child in waiting if child.code is None]
             if event is None:
-                late = [child for child in children if child.code is None]
-                for child in late:
+                for child in waiting:
                     logger.warning("%s did not stop within %g s: killed", child.name, grace_s)
-                    child.kill()
-                deadline = self._clock() + KILL_WAIT_S
-            elif isinstance(event, Signalled) and event.number == signal.SIGINT:
+                self._kill(waiting)
+                return
+            if isinstance(event, Signalled) and event.number == signal.SIGINT:
                 logger.warning("told to stop again: killing everything")
-                self.kill_all()
+                self._kill(self.alive)
+                return
 
     def kill_all(self) -> None:
         """End everything now and wait until it is gone."""
-        for child in self.alive:
+        self._kill(self.alive)
+
+    def _kill(self, children: Sequence[Child]) -> None:
+        for child in children:
             child.kill()
         deadline = self._clock() + KILL_WAIT_S
-        while self.alive and self._next(deadline) is not None:
-            pass
+        while any(child.code is None for child in children):
+            if self._next(deadline) is None:
+                logger.error("a killed process does not end; the system is stuck")
+                return
 
     def _next(self, deadline: float | None) -> Event | None:
         """The next event, noted; None when the deadline passed."""

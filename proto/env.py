@@ -111,6 +111,14 @@ def byte_size(text: str) -> int:
     return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
+def size_text(size: int) -> str:
+    """A size as `64 MiB`, in the largest unit that leaves a whole number."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size} B"
+
+
 LOG_LEVELS = {
     "trace": "debug",
     "debug": "debug",

@@ -17,7 +17,7 @@ from typing import BinaryIO, TextIO, cast
 
 QUEUE_LINES = 10_000  # held for a reader that is slow; later lines are dropped, not waited for
 FLUSH_S = 2.0  # at exit
-PROCESS_FIELD = "process"  # attribute of a record: which child process said it
+CHILD = "child"  # attribute of a record: the name of the child process that said it
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))}
 _CONTROL |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028"}
@@ -56,8 +56,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One event as one line."""
-        process = getattr(record, PROCESS_FIELD, "")
-        source = f"[{process}]" if process else f"{record.name}:"
+        child = getattr(record, CHILD, "")
+        source = f"[{child}]" if child else f"{record.name}:"
         line = f"{_timestamp(record)} {record.levelname:<7} {source} {escaped(_message(record))}"
         return f"{line} | {escaped(trace)}" if (trace := _trace(record)) else line
 
@@ -73,8 +73,8 @@ class JsonFormatter(logging.Formatter):
             "message": _message(record),
             "target": record.name,
         }
-        if process := getattr(record, PROCESS_FIELD, ""):
-            event[PROCESS_FIELD] = process
+        if child := getattr(record, CHILD, ""):
+            event[CHILD] = child
         if trace := _trace(record):
             event["exception"] = trace
         return json.dumps(event)

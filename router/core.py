@@ -11,7 +11,7 @@ from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
 from tessera.router.errors import GenerationError, NotReadyError, RouterError
 from tessera.router.generation import ServingLimits
-from tessera.router.metrics import Metrics
+from tessera.router.metrics import Metrics, StepKind
 from tessera.router.output import Output
 from tessera.router.request import (
     Completion,
@@ -109,11 +109,6 @@ class Core:
         """Whether a request submitted now would be run."""
         return self._scheduler is not None and self._lost is None and not self._draining
 
-    @property
-    def num_free_blocks(self) -> int:
-        """Cache blocks no request holds."""
-        return self._scheduler.pool.num_free if self._scheduler else 0
-
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
         """Take requests from now on; called once, after the warm-up."""
         self._limits = limits
@@ -134,7 +129,7 @@ class Core:
             sequence, stream, output, time.perf_counter()
         )
         self._scheduler.add(sequence)
-        self._metrics.queue_size(len(self._scheduler.waiting))
+        self._report_load(self._scheduler)
         self._wake.set()
         return stream
 
@@ -155,6 +150,7 @@ class Core:
         try:
             while True:
                 plan = self._scheduler.next_step()
+                self._report_load(self._scheduler)
                 if plan.is_empty:
                     self._wake.clear()
                     await self._wake.wait()
@@ -172,10 +168,14 @@ class Core:
         for sequence in plan.sequences:
             flight = self._in_flight[sequence.sequence_id]
             flight.started_at = flight.started_at or started
-        self._metrics.queue_size(len(scheduler.waiting))
-        self._metrics.batch_size(len(scheduler.running))
-        reply = await self._shards.run(plan)
-        kind = "prefill" if plan.chunks else "decode"
+        if joined := sum(chunk.is_start for chunk in plan.chunks):
+            self._metrics.batch_joined(joined)
+        kind: StepKind = "prefill" if plan.chunks else "decode"
+        try:
+            reply = await self._shards.run(plan)
+        except ShardsLost:
+            self._metrics.step_failed(kind)
+            raise
         self._metrics.step(kind, time.perf_counter() - started)
         self._apply(reply, scheduler)
 
@@ -276,6 +276,13 @@ class Core:
 
     def _forget(self, flight: _InFlight) -> None:
         self.cancel(flight.sequence)
+
+    def _report_load(self, scheduler: Scheduler) -> None:
+        pool = scheduler.pool
+        self._metrics.queue_size(len(scheduler.waiting))
+        self._metrics.batch_size(len(scheduler.running))
+        used = (pool.num_blocks - pool.num_free) * pool.block_size
+        self._metrics.cache_tokens(used, pool.num_blocks * pool.block_size)
 
     def _why_not_ready(self) -> str:
         if self._lost is not None:

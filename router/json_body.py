@@ -61,7 +61,9 @@ def _check_content_type(request: Request) -> None:
     declared = request.headers.get("content-type", "application/json")
     media_type = declared.partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedBody("this route reads JSON; send the header content-type: application/json.")
+        raise UnsupportedBody(
+            "this route reads JSON; send the header content-type: application/json."
+        )
 
 
 def _as_validation_error(errors: Sequence[ErrorDetails]) -> ValidationError:

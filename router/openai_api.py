@@ -4,8 +4,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -60,7 +60,8 @@ class OpenAIApi:
             reply["choices"] = [
                 _chat_choice(index, one, body) for index, one in enumerate(collected)
             ]
-            reply["usage"] = _usage(generations, collected)
+            completions = [one.completion for one in collected]
+            reply["usage"] = _usage(generations, completions, body.copies)
             return Json(reply)
 
     async def completions(self, request: HttpRequest) -> Response:
@@ -76,7 +77,8 @@ class OpenAIApi:
             reply["choices"] = [
                 _completion_choice(index, one, body) for index, one in enumerate(collected)
             ]
-            reply["usage"] = _usage(generations, collected)
+            completions = [one.completion for one in collected]
+            reply["usage"] = _usage(generations, completions, body.copies)
             return Json(reply)
 
     async def models(self, request: HttpRequest) -> Response:
@@ -134,6 +136,7 @@ class ChunkWriter:
         self._envelope = envelope
         self._usage: dict[str, Any] = {"usage": None} if body.wants_usage_chunk else {}
         self.wants_usage_chunk = body.wants_usage_chunk
+        self.copies = body.copies
 
     def chunks(self, index: int, step: TokenEvent) -> list[dict[str, Any]]:
         """The chunks one event of choice `index` becomes; often one, sometimes none."""
@@ -215,17 +218,6 @@ class CompletionWriter(ChunkWriter):
         ]
 
 
-@dataclass(slots=True)
-class _Progress:
-    """How many tokens each choice has, for the usage chunk."""
-
-    completions: dict[int, Completion] = field(default_factory=dict)
-
-    def note(self, index: int, step: TokenEvent) -> None:
-        if step.completion is not None:
-            self.completions[index] = step.completion
-
-
 async def _stream_events(
     events: AsyncIterator[tuple[int, TokenEvent]],
     generations: Sequence[Generation],
@@ -233,15 +225,15 @@ async def _stream_events(
     ticket: Ticket,
 ) -> AsyncIterator[str]:
     """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
-    progress = _Progress()
+    completions = []
     try:
         async for index, step in events:
-            progress.note(index, step)
+            if step.completion is not None:
+                completions.append(step.completion)
             if chunks := writer.chunks(index, step):
                 yield "".join(map(event, chunks))
         if writer.wants_usage_chunk:
-            generated = sum(c.generated_tokens for c in progress.completions.values())
-            yield event(writer.usage_chunk(_usage_json(generations, generated)))
+            yield event(writer.usage_chunk(_usage(generations, completions, writer.copies)))
     except RouterError as error:
         ticket.failed(error)
         yield event(openai_error(error))
@@ -261,15 +253,13 @@ def _is_end_token(token: TokenInfo, completion: Completion | None) -> bool:
     return token.special and completion is not None and completion.reason is FinishReason.EOS
 
 
-def _usage(generations: Sequence[Generation], collected: Sequence[Collected]) -> dict[str, Any]:
-    return _usage_json(generations, sum(one.completion.generated_tokens for one in collected))
-
-
-def _usage_json(generations: Sequence[Generation], generated: int) -> dict[str, Any]:
+def _usage(
+    generations: Sequence[Generation], completions: Iterable[Completion], copies: int
+) -> dict[str, Any]:
     """Each prompt counts once, however many answers to it were asked for."""
-    prompts = {generation.request.prompt_ids: generation.stream for generation in generations}
-    streams = list(prompts.values())
+    streams = [generation.stream for generation in generations[::copies]]
     prompt_tokens = sum(stream.prompt_tokens for stream in streams)
+    generated = sum(completion.generated_tokens for completion in completions)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,

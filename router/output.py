@@ -36,12 +36,12 @@ class Output:
         token_text = self._detokenizer.token_text_in_context(token_id)
         text = self._stop.feed(self._detokenizer.add(token_id))
         self._pieces.append(text)
-        return OutputStep(token_text, text, self._stop.matched)
+        return OutputStep(token_text, text, self._stop.matched is not None)
 
     def finish(self) -> str:
         """What was held back and is text after all."""
         text = ""
-        if not self._stop.matched:
+        if self._stop.matched is None:
             text = self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
         self._pieces.append(text)
         return text

@@ -123,7 +123,7 @@ def _openai_wishes(
         logit_bias=body.logit_bias or {},
         seed=None if body.seed is None else body.seed % (MAX_UINT64 + 1),
         top_n_tokens=top_n_tokens,
-        copies=1 if body.n is None else body.n,
+        copies=body.copies,
         max_new_tokens=max_new_tokens,
         stop=tuple(body.stop_sequences),
         names={"copies": "n", **names},
@@ -174,7 +174,9 @@ def check_native(options: GenerateParameters, wishes: Wishes, *, streaming: bool
     if options.grammar is not None:
         raise ValidationError(f"`grammar` is not supported: {NO_GUIDANCE}.", "grammar")
     if options.adapter_id is not None:
-        raise ValidationError("`adapter_id` is not supported: no adapters are loaded.", "adapter_id")
+        raise ValidationError(
+            "`adapter_id` is not supported: no adapters are loaded.", "adapter_id"
+        )
     if options.watermark:
         raise ValidationError("`watermark` is not supported; leave it out.", "watermark")
 
@@ -201,7 +203,7 @@ def check_completion(body: CompletionBody, settings: RouterSettings) -> None:
     """
     if body.suffix:
         raise ValidationError("`suffix` is not supported; leave it out.", "suffix")
-    if body.best_of is not None and body.best_of > (1 if body.n is None else body.n):
+    if body.best_of is not None and body.best_of > body.copies:
         raise ValidationError(
             "`best_of` above `n` is not supported here; POST /generate has it.", "best_of"
         )

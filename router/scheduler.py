@@ -136,7 +136,7 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         """One token for each decoding sequence, oldest first; returns the tokens used."""
         for sequence in list(self.running):
-            if _is_prefilling(sequence) or sequence not in self.running:
+            if _is_prefilling(sequence):  # or preempted a moment ago, to make room
                 continue
             if len(plan.decodes) >= budget:
                 break

@@ -6,7 +6,7 @@ are strict: "0.5" is no number, so that a typo is told instead of guessed at.
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
@@ -17,8 +17,8 @@ SignedSeed = Annotated[int, Field(ge=-(2**63), le=MAX_UINT64)]  # OpenAI's may b
 
 MAX_ENTRIES = 4096  # of lists whose length no setting limits
 T = TypeVar("T")
-Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES), FailFast()]
-TokenIds = Annotated[list[Count], FailFast()]
+Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
+TokenIds = Annotated[list[Count], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -97,6 +97,11 @@ class OpenAIBody(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def copies(self) -> int:
+        """Answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
     def wants_usage_chunk(self) -> bool:
         """Whether a stream ends with one more chunk that holds the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -136,7 +141,7 @@ class Message(Body):
 class ChatBody(OpenAIBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ENTRIES), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
     max_completion_tokens: Count | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Count | None = None

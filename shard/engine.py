@@ -200,9 +200,8 @@ def _fail_non_finite(
 def _sample_row(sequence: SequenceState) -> SampleRow:
     return SampleRow(
         params=sequence.sampling,
-        position=sequence.context_len,
-        prompt_ids=sequence.token_ids[: sequence.num_prompt_tokens],
-        generated_ids=sequence.generated_ids,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
     )
 
 

@@ -61,14 +61,14 @@ def main() -> None:
 
 
 async def _serve(settings: ShardSettings) -> None:
-    stop = asyncio.Event()
+    stop, loaded_or_stopped = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, _set_both, stop, loaded_or_stopped)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device") as device_thread:
         loading = loop.run_in_executor(device_thread, _load, settings)
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+        loading.add_done_callback(lambda _: loaded_or_stopped.set())
+        await loaded_or_stopped.wait()
         if stop.is_set():
             # A thread inside a load or a rendezvous cannot be interrupted; nothing needs it now.
             logger.info("stopped while loading")
@@ -80,6 +80,11 @@ async def _serve(settings: ShardSettings) -> None:
         await stop.wait()
         await server.stop(grace=1.0)
         engine.placement.group.close()
+
+
+def _set_both(first: asyncio.Event, second: asyncio.Event) -> None:
+    first.set()
+    second.set()
 
 
 def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLayout | None]:

@@ -25,9 +25,18 @@ class SampleRow:
     """One row to sample: what was asked, what came before."""
 
     params: SamplingParams
-    position: int  # of the token to be sampled, counted from the prompt's first
-    prompt_ids: Sequence[int]
-    generated_ids: Sequence[int]
+    token_ids: Sequence[int]  # prompt and generated; the sampled one comes next
+    num_prompt_tokens: int
+
+    @property
+    def position(self) -> int:
+        """Of the token to be sampled, counted from the prompt's first."""
+        return len(self.token_ids)
+
+    @property
+    def generated_ids(self) -> Sequence[int]:
+        """What was sampled before."""
+        return self.token_ids[self.num_prompt_tokens :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,7 @@ def _is_penalised(params: SamplingParams) -> bool:
         params.logit_bias
         or params.frequency_penalty
         or params.presence_penalty
-        or _or_one(params, "repetition_penalty") != 1.0
+        or _repetition_penalty(params) != 1.0
     )
 
 
@@ -120,13 +129,13 @@ def _penalise(scores_V: Tensor, row: SampleRow) -> None:
     params = row.params
     for bias in params.logit_bias:
         scores_V[bias.token_id] += bias.bias
-    repetition = _or_one(params, "repetition_penalty")
+    repetition = _repetition_penalty(params)
     if repetition != 1.0:
-        seen = _ids(set(row.prompt_ids) | set(row.generated_ids), scores_V)
+        seen = _ids(set(row.token_ids), scores_V)
         values = scores_V[seen]
         scores_V[seen] = torch.where(values < 0, values * repetition, values / repetition)
-    if (params.frequency_penalty or params.presence_penalty) and row.generated_ids:
-        counts = Counter(row.generated_ids)
+    counts = Counter(row.generated_ids)
+    if (params.frequency_penalty or params.presence_penalty) and counts:
         generated = _ids(counts.keys(), scores_V)
         times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
         scores_V[generated] -= params.frequency_penalty * times + params.presence_penalty
@@ -151,8 +160,8 @@ def _draw(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 def _filtered(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     filters: list[tuple[Callable[[Tensor, Tensor], Tensor], list[float], float]] = [
         (_drop_below_top_k, [float(row.params.top_k) for row in rows], 0.0),
-        (_drop_outside_top_p, [_or_one(row.params, "top_p") for row in rows], 1.0),
-        (_drop_untypical, [_or_one(row.params, "typical_p") for row in rows], 1.0),
+        (_drop_outside_top_p, [_top_p(row.params) for row in rows], 1.0),
+        (_drop_untypical, [_typical_p(row.params) for row in rows], 1.0),
         (_drop_below_min_p, [row.params.min_p for row in rows], 0.0),
     ]
     for drop, values, neutral in filters:
@@ -210,8 +219,16 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _or_one(params: SamplingParams, name: str) -> float:
-    return float(getattr(params, name)) if params.HasField(name) else 1.0
+def _top_p(params: SamplingParams) -> float:
+    return params.top_p if params.HasField("top_p") else 1.0
+
+
+def _typical_p(params: SamplingParams) -> float:
+    return params.typical_p if params.HasField("typical_p") else 1.0
+
+
+def _repetition_penalty(params: SamplingParams) -> float:
+    return params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
 
 
 def _mix(value: int) -> int:

@@ -20,8 +20,3 @@ class SequenceState:
     token_ids: list[int] = field(default_factory=list)  # in the cache, plus the one sampled last
     # Logits of the last chunk's last position: they score the next chunk's first token.
     carried_logits_V: Tensor | None = None
-
-    @property
-    def generated_ids(self) -> list[int]:
-        """Tokens after the prompt."""
-        return self.token_ids[self.num_prompt_tokens :]

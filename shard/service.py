@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -13,6 +14,7 @@ from tessera.shard.errors import DeviceError, DivergenceError
 
 logger = logging.getLogger(__name__)
 
+Context = grpc.aio.ServicerContext[Any, Any]
 Warmup = Callable[[shard_pb2.WarmupRequest], shard_pb2.WarmupReply]
 
 
@@ -32,13 +34,13 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self._device_thread = device_thread
 
     async def Info(  # noqa: N802  (the name is the RPC's)
-        self, request: shard_pb2.InfoRequest, context: grpc.aio.ServicerContext
+        self, request: shard_pb2.InfoRequest, context: Context
     ) -> shard_pb2.InfoReply:
         """What was loaded."""
         return self._info
 
     async def Warmup(  # noqa: N802
-        self, request: shard_pb2.WarmupRequest, context: grpc.aio.ServicerContext
+        self, request: shard_pb2.WarmupRequest, context: Context
     ) -> shard_pb2.WarmupReply:
         """Size the KV cache; RESOURCE_EXHAUSTED with the settings to lower when it does not fit."""
         loop = asyncio.get_running_loop()
@@ -50,7 +52,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     async def Steps(  # noqa: N802
         self,
         request_iterator: AsyncIterator[shard_pb2.Step],
-        context: grpc.aio.ServicerContext,
+        context: Context,
     ) -> AsyncIterator[shard_pb2.StepReply]:
         """Run steps in order until the router closes the stream."""
         loop = asyncio.get_running_loop()

@@ -506,7 +506,7 @@ def _text_tensors(c: Mapping[str, Any], prefix: str, tied: bool) -> Iterator[tup
         yield f"{name}.post_attention_layernorm.weight", _norm(f"{i}.norm2", width)
     yield f"{prefix}model.norm.weight", _norm("norm", width)
     if not tied:
-        yield f"{prefix}lm_head.weight", _normal("lm_head", (rows, width), 3 * width**-0.5)
+        yield f"{prefix}lm_head.weight", _normal("lm_head", (rows, width), 2 * width**-0.5)
 
 
 def _vision_tensors(c: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Array]]:

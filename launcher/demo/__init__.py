@@ -1,1 +1,1 @@
-"""The embedded demo model: the pictures it knows, the script that trained it, and its evaluation."""
+"""The embedded demo model: its pictures, the script that trained it, and its evaluation."""

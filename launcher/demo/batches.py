@@ -1,5 +1,6 @@
 """Training batches: pictures as tiles with patch labels, and tokenised questions with answers."""
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def page_batch(rng: random.Random, size: int, plain_share: float) -> Batch:
     return _batch(rng, [scene() for _ in range(size)], [], [], None)
 
 
-def scene_batch(rng: random.Random, size: int, questions: int, encode: Encoder, with_chats: bool) -> Batch:
+def scene_batch(
+    rng: random.Random, size: int, questions: int, encode: Encoder, with_chats: bool
+) -> Batch:
     """Pictures of the domain with a few questions about each."""
     width, height = pictures.random_size(rng, largest=320 if rng.random() < 0.9 else 640)
     scenes = [pictures.random_scene(rng, width, height) for _ in range(size)]
@@ -98,11 +101,20 @@ def scene_batch(rng: random.Random, size: int, questions: int, encode: Encoder, 
         asked = _choose(rng, pictures.questions(rng, scene), questions)
         while asked:
             question = asked.pop()
-            follow_up = asked.pop() if asked and "[INST]" in prefix and rng.random() < FOLLOW_UP_SHARE else None
+            follow_up = (
+                asked.pop()
+                if asked and "[INST]" in prefix and rng.random() < FOLLOW_UP_SHARE
+                else None
+            )
             rows.append((*_segment(rng, encode, prefix, question, follow_up), picture))
     rows.sort(key=lambda row: len(row[0]))
-    cuts = (0, len(rows) // 2, len(rows) * 5 // 6, len(rows))  # groups of similar length: little padding
-    groups = [_pad(rows[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = (
+        0,
+        len(rows) // 2,
+        len(rows) * 5 // 6,
+        len(rows),
+    )  # groups of similar length: little padding
+    groups = [_pad(rows[a:b]) for a, b in itertools.pairwise(cuts)]
     before = encode(f"{prefix}<image>\nx")
     chats = chat_batch(rng, encode) if with_chats else None
     return _batch(rng, scenes, before[: before.index(IMAGE)], groups, chats)
@@ -159,7 +171,11 @@ def _pad(rows: Sequence[tuple[list[int], list[float], int]]) -> TextBatch:
 
 
 def _batch(
-    rng: random.Random, scenes: list[Scene], prefix: list[int], segments: list[TextBatch], chats: TextBatch | None
+    rng: random.Random,
+    scenes: list[Scene],
+    prefix: list[int],
+    segments: list[TextBatch],
+    chats: TextBatch | None,
 ) -> Batch:
     plan = layout(scenes[0].width, scenes[0].height)
     tiles = []
@@ -168,7 +184,14 @@ def _batch(
         if rng.random() < 0.1:
             image = pictures.jpeg(image, rng.randint(70, 95))
         tiles.append(cut(image, plan))
-    return Batch(plan, np.stack(tiles), np.stack([labels(scene, plan) for scene in scenes]), prefix, segments, chats)
+    return Batch(
+        plan,
+        np.stack(tiles),
+        np.stack([labels(scene, plan) for scene in scenes]),
+        prefix,
+        segments,
+        chats,
+    )
 
 
 BatchMaker = Callable[[int, float], Batch]  # batch index and training progress (0..1) -> batch

@@ -1,4 +1,4 @@
-"""The demo model as a folder in the hub's LLaVA-NeXT format: tokenizer, configs, chat template, weights."""
+"""The demo model as a folder in the hub's LLaVA-NeXT format."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 
 from tessera.launcher.demo import pictures
@@ -20,23 +30,27 @@ CHAT_TEMPLATE = (  # the hub's mistral template; a message's content may also be
     "{% for message in messages %}"
     "{% set is_text = message['content'] is string %}"
     "{% if message['role'] == 'system' %}"
-    "{{ '<<SYS>>\n' + (message['content'] if is_text else message['content'][0]['text']) + '\n<</SYS>>\n\n' }}"
+    "{{ '<<SYS>>\n' + (message['content'] if is_text else message['content'][0]['text'])"
+    " + '\n<</SYS>>\n\n' }}"
     "{% elif message['role'] == 'user' %}"
     "{{ '[INST] ' }}"
     "{% if is_text %}{{ message['content'] }}{% else %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}"
     "{% endif %}"
     "{{ ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + (message['content'] if is_text else message['content'][0]['text']) + '</s> ' }}"
-    "{% else %}{{ raise_exception('Only user, system and assistant roles are supported!') }}{% endif %}"
+    "{% else %}{{ raise_exception('Only user, system and assistant roles are supported!') }}"
+    "{% endif %}"
     "{% endfor %}"
 )
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-fallback BPE like Llama's, in which capitals and digits of read text stay single tokens."""
+    """A byte-fallback BPE like Llama's; the characters of read text stay single tokens."""
     trained = Tokenizer(models.BPE())
     words = Regex(r'▁?"|▁?[A-Za-z]+|▁?[^A-Za-z"▁]|▁')
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -44,7 +58,9 @@ def build_tokenizer() -> Tokenizer:
     )
     alphabet = [chr(code) for code in range(33, 127)] + ["▁"]
     first = 3 + 256
-    trainer = trainers.BpeTrainer(vocab_size=IMAGE - first, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=IMAGE - first, initial_alphabet=alphabet, show_progress=False
+    )
     trained.train_from_iterator(_corpus(), trainer)
     model = json.loads(trained.to_str())["model"]
     learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
@@ -52,13 +68,21 @@ def build_tokenizer() -> Tokenizer:
     tokens += [f"<unused_{i}>" for i in range(IMAGE - len(tokens))]
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(pair) for pair in model["merges"]],
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(pair) for pair in model["merges"]],
             unk_token="<unk>", byte_fallback=True, fuse_unk=True,
         )
     )  # fmt: skip
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
@@ -82,9 +106,12 @@ def _corpus() -> Iterator[str]:
         yield f" {question_text} {answer}"
         yield question_text
     for name in pictures.COLOR_NAMES * 50:
-        yield f" {name} {name.capitalize()} {name} the text \" colour"
+        yield f' {name} {name.capitalize()} {name} the text " colour'
     for _ in range(30):
-        yield " chat between curious human and an artificial intelligence assistant gives helpful detailed polite answers to questions"
+        yield (
+            " chat between curious human and an artificial intelligence assistant"
+            " gives helpful detailed polite answers to questions"
+        )
 
 
 def save(folder: Path, sizes: Sizes, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
@@ -93,17 +120,17 @@ def save(folder: Path, sizes: Sizes, weights: dict[str, Tensor], tokenizer: Toke
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in _configs(sizes).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    stored = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    stored = {
+        name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()
+    }
     partial = folder / ".model.safetensors.partial"
     save_file(stored, str(partial), metadata={"format": "pt"})
     partial.rename(folder / "model.safetensors")
 
 
 def _configs(sizes: Sizes) -> dict[str, dict[str, object]]:
-    added = {
-        str(i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        for token, i in SPECIAL.items()
-    }  # fmt: skip
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {str(i): {"content": token, **flags, "special": True} for token, i in SPECIAL.items()}
     return {
         "config.json": {
             "architectures": ["LlavaNextForConditionalGeneration"],

@@ -1,10 +1,10 @@
 """Measures a checkpoint of the demo model on held-out pictures: exact match per kind of question.
 
-    python -m tessera.launcher.demo.evaluate --pictures 1000 --out benchmark/results/demo_accuracy.json
+    python -m tessera.launcher.demo.evaluate --out benchmark/results/demo_accuracy.json
     python -m tessera.launcher.demo.evaluate --url http://127.0.0.1:3000 --pictures 100
 
-Without `--url` the checkpoint runs through transformers, independent of this project's own stack; with
-`--url` a running server is asked through huggingface_hub's InferenceClient.
+Without `--url` the checkpoint runs through transformers, independent of this project's own stack;
+with `--url` a running server is asked through huggingface_hub's InferenceClient.
 """
 
 import argparse
@@ -58,13 +58,14 @@ class Transformers:
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        import transformers
 
         if threads:
             torch.set_num_threads(threads)
+        library: Any = transformers  # its Auto classes are only partly typed
         self._torch, self._dtype = torch, getattr(torch, dtype)
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
-        self._model, info = AutoModelForImageTextToText.from_pretrained(
+        self._processor = library.AutoProcessor.from_pretrained(folder)
+        self._model, info = library.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=self._dtype, output_loading_info=True
         )
         self._model.eval()
@@ -81,11 +82,13 @@ class Transformers:
         with self._torch.inference_mode():
             ids = self._model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)
+        ]
 
 
 class Server:
-    """A running server, asked as users of text-generation-inference do: the picture inside the prompt."""
+    """A running server, asked as text-generation-inference is: the picture inside the prompt."""
 
     def __init__(self, url: str) -> None:
         from huggingface_hub import InferenceClient
@@ -124,13 +127,15 @@ class Result:
         return self.answer == self.truth
 
 
-def evaluate(answer: Answerer, seed: int, pictures: int, formats: Sequence[str]) -> Iterator[Result]:
+def evaluate(
+    answer: Answerer, seed: int, pictures: int, formats: Sequence[str]
+) -> Iterator[Result]:
     """Ask every question about every held-out picture; the prompt formats take turns."""
     for index in range(pictures):
         scene, image, questions = held_out(seed, index)
         form = formats[index % len(formats)]
         prompts = [form.format(question.text) for question in questions]
-        for question, prompt, text in zip(questions, prompts, answer(image, prompts), strict=True):
+        for question, text in zip(questions, answer(image, prompts), strict=True):
             yield Result(index, _group(scene, question), question.kind, form, text, question.answer)
 
 
@@ -164,7 +169,11 @@ def _rates(results: Sequence[Result], names: Sequence[str]) -> dict[str, dict[st
     for result, name in zip(results, names, strict=True):
         right[name] += result.right
     return {
-        name: {"right": right[name], "asked": asked[name], "exact_match": round(right[name] / asked[name], 4)}
+        name: {
+            "right": right[name],
+            "asked": asked[name],
+            "exact_match": round(right[name] / asked[name], 4),
+        }
         for name in sorted(asked)
     }
 
@@ -189,9 +198,8 @@ def table(found: dict[str, Any]) -> str:
         if name not in groups:
             continue
         required = f"{ACCEPTANCE[name][0]:.0%}" if name in ACCEPTANCE else ""
-        lines.append(
-            f"| {name} | {groups[name]['asked']:.0f} | {groups[name]['exact_match']:.1%} | {required} |"
-        )
+        asked, rate = groups[name]["asked"], groups[name]["exact_match"]
+        lines.append(f"| {name} | {asked:.0f} | {rate:.1%} | {required} |")
     lines.append(f"| all | {found['questions']} | {found['all']:.1%} | |")
     return "\n".join(lines)
 
@@ -207,7 +215,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the held-out pictures")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    parser.add_argument("--format", default="", help="use only this prompt, with {} for the question")
+    parser.add_argument(
+        "--format", default="", help="use only this prompt, with {} for the question"
+    )
     parser.add_argument("--out", type=Path, help="write the report to this JSON file")
     parser.add_argument("--show", type=int, default=0, help="print up to this many wrong answers")
     arguments = parser.parse_args()
@@ -221,18 +231,21 @@ def main() -> None:
     results = list(evaluate(answer, arguments.seed, arguments.pictures, formats))
     found = report(results)
     print(table(found))
-    for result in [result for result in results if not result.right][: arguments.show]:
-        print(f"picture {result.picture}, {result.kind}: {result.answer!r} instead of {result.truth!r}")
+    for wrong in [result for result in results if not result.right][: arguments.show]:
+        print(f"picture {wrong.picture}, {wrong.kind}: {wrong.answer!r}, truth {wrong.truth!r}")
     if arguments.out:
         packages = ("transformers", "torch", "pillow", "huggingface_hub")
         facts = {
-            "command": shlex.join(["python", "-m", "tessera.launcher.demo.evaluate", *sys.argv[1:]]),
+            "command": shlex.join(
+                ["python", "-m", "tessera.launcher.demo.evaluate", *sys.argv[1:]]
+            ),
             "through": "server" if arguments.url else "transformers",
             "dtype": "" if arguments.url else arguments.dtype,
             "seed": arguments.seed,
             "pictures": arguments.pictures,
             "seconds": round(time.monotonic() - begin, 1),
-            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in packages}
+            | {"python": platform.python_version()},
         }
         arguments.out.write_text(json.dumps(facts | found, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT in small, for training: parameter names and arithmetic are those of the hub's checkpoints."""
+"""LLaVA-NeXT in small, for training; parameter names and arithmetic are the hub checkpoints'."""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from tessera.launcher.demo.tiles import HEADS, PATCH, SIDE, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The model's dimensions. Heads are even in number, so two tensor-parallel shards can share them."""
+    """The model's dimensions; the numbers of heads are even, for two tensor-parallel shards."""
 
     vocabulary: int = 832
     vision_hidden: int = 256
@@ -44,11 +44,12 @@ class Segments:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Plain matmul attention: at these lengths the CPU's fused backward pass is about ten times slower."""
+    """Plain matmul attention: at these lengths much faster on a CPU than the fused kernel."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    return scores.softmax(-1).to(value.dtype) @ value
+    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
+    return mixed
 
 
 class VisionAttention(nn.Module):
@@ -85,7 +86,7 @@ class VisionMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Position by position."""
         # quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, one pass over memory less
-        result: Tensor = self.fc2(F.silu(self.fc1(x) * 1.702) * (1 / 1.702))
+        result: Tensor = self.fc2(functional.silu(self.fc1(x) * 1.702) * (1 / 1.702))
         return result
 
 
@@ -117,7 +118,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[tiles, 3, TILE, TILE] to [tiles, 1 + patches, hidden]."""
-        vectors = F.linear(patches(pixels), self.patch_embedding.weight.flatten(1))
+        vectors = functional.linear(patches(pixels), self.patch_embedding.weight.flatten(1))
         front = self.class_embedding.to(vectors.dtype).expand(len(pixels), 1, -1)
         return torch.cat([front, vectors], 1) + self.position_embedding.weight
 
@@ -151,7 +152,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension; the result is bf16."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).bfloat16()
+        return functional.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).bfloat16()
 
 
 class Rope:
@@ -188,7 +189,10 @@ class TextAttention(nn.Module):
         self.num_heads, self.num_kv_heads = sizes.text_heads, sizes.key_value_heads
         self.head_size = sizes.head_size
         self.q_proj = nn.Linear(hidden, sizes.text_heads * sizes.head_size, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(hidden, kv_width, bias=False), nn.Linear(hidden, kv_width, bias=False)
+        self.k_proj, self.v_proj = (
+            nn.Linear(hidden, kv_width, bias=False),
+            nn.Linear(hidden, kv_width, bias=False),
+        )
         self.o_proj = nn.Linear(sizes.text_heads * sizes.head_size, hidden, bias=False)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +214,12 @@ class TextAttention(nn.Module):
         return result
 
     def forward(
-        self, prefix: Tensor, groups: Sequence[_Group], rope: Rope, bias: Tensor, prefix_needed: bool
+        self,
+        prefix: Tensor,
+        groups: Sequence[_Group],
+        rope: Rope,
+        bias: Tensor,
+        prefix_needed: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """What attention adds to the prefix (None if not needed) and to every group."""
         query, key, value = self.project(prefix, rope)
@@ -234,7 +243,7 @@ class TextMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Position by position."""
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        result: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return result
 
 
@@ -247,9 +256,14 @@ class TextLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(sizes), RMSNorm(sizes)
 
     def forward(
-        self, prefix: Tensor, groups: Sequence[_Group], rope: Rope, bias: Tensor, prefix_needed: bool
+        self,
+        prefix: Tensor,
+        groups: Sequence[_Group],
+        rope: Rope,
+        bias: Tensor,
+        prefix_needed: bool,
     ) -> tuple[Tensor, list[_Group]]:
-        """Prefix and groups after this layer; the prefix is left as it was if not needed any more."""
+        """Prefix and groups after this layer; a prefix not needed any more is left as it was."""
         norm = self.input_layernorm
         normed = [_Group(norm(g.x), g.picture, g.rope, g.bias) for g in groups]
         added, results = self.self_attn(norm(prefix), normed, rope, bias, prefix_needed)
@@ -289,7 +303,8 @@ class TextModel(nn.Module):
         groups = [
             _Group(
                 self.embed_tokens(s.token_ids), s.picture,
-                Rope(self.sizes, length, s.token_ids.shape[1]), causal_bias(s.token_ids.shape[1], length),
+                Rope(self.sizes, length, s.token_ids.shape[1]),
+                causal_bias(s.token_ids.shape[1], length),
             )
             for s in segments
         ]  # fmt: skip
@@ -310,7 +325,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., vision_hidden] to [..., text_hidden]."""
-        result: Tensor = self.linear_2(F.gelu(self.linear_1(features)))
+        result: Tensor = self.linear_2(functional.gelu(self.linear_1(features)))
         return result
 
 
@@ -345,15 +360,15 @@ class Network(nn.Module):
         return model
 
     def features(self, tiles: Tensor) -> Tensor:
-        """[pictures, tiles, 3, TILE, TILE] to patch features [pictures, tiles, patches, vision_hidden]."""
+        """[pictures, tiles, 3, TILE, TILE] to [pictures, tiles, patches, vision_hidden]."""
         flat: Tensor = self.vision(tiles.flatten(0, 1))
-        return flat[:, 1:].unflatten(0, tiles.shape[:2])
+        return flat[:, 1:].reshape(*tiles.shape[:2], flat.shape[1] - 1, flat.shape[2])
 
     def image_tokens(self, projected: Tensor, plan: Layout) -> Tensor:
         """[pictures, tiles, patches, text_hidden] to the image's tokens in LLaVA-NeXT's order."""
-        pictures = len(projected)
-        grid = projected[:, 1:].unflatten(2, (SIDE, SIDE)).unflatten(1, (plan.rows, plan.columns))
-        grid = grid.transpose(2, 3).reshape(pictures, plan.rows * SIDE, plan.columns * SIDE, -1)
+        pictures, _, _, width = projected.shape
+        grid = projected[:, 1:].reshape(pictures, plan.rows, plan.columns, SIDE, SIDE, width)
+        grid = grid.transpose(2, 3).reshape(pictures, plan.rows * SIDE, plan.columns * SIDE, width)
         grid = grid[:, plan.cut_rows : grid.shape[1] - plan.cut_rows]
         grid = grid[:, :, plan.cut_columns : grid.shape[2] - plan.cut_columns]
         newline = self.image_newline.to(grid.dtype).expand(pictures, grid.shape[1], 1, -1)
@@ -366,13 +381,13 @@ class Network(nn.Module):
 
 def patches(pixels: Tensor) -> Tensor:
     """[tiles, 3, TILE, TILE] to [tiles, patches, 3 * PATCH * PATCH]."""
-    cells = pixels.unflatten(3, (SIDE, PATCH)).unflatten(2, (SIDE, PATCH))  # [n, 3, row, y, column, x]
+    cells = pixels.reshape(len(pixels), 3, SIDE, PATCH, SIDE, PATCH)  # [n, 3, row, y, column, x]
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), SIDE * SIDE, -1)
 
 
 @torch.no_grad()
 def whiten(network: Network, pixels: Tensor) -> None:
-    """Start the patch embedding as a PCA whitening, so that glyph edges are not drowned by flat colour.
+    """Start the patch embedding as a PCA whitening: flat colour then does not drown edges.
 
     Args:
         network: changed in place: patch embedding, and positions (sines, minus the mean patch).
@@ -395,12 +410,18 @@ def whiten(network: Network, pixels: Tensor) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz, for hidden matrices: learns about twice as fast as AdamW.
+    """Orthogonalised momentum for hidden matrices: learns about twice as fast as AdamW here.
 
     Source: Keller Jordan's description of Muon (2024).
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -419,7 +440,9 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(torch.stack([update for _, update in pairs]))
                 scale = math.sqrt(max(1.0, shape[0] / shape[1]))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                        update, alpha=-group["lr"] * scale
+                    )
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -430,4 +453,5 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(5):
         a = x @ x.transpose(1, 2)
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x if wide else x.transpose(1, 2)).float()
+    result: Tensor = x if wide else x.transpose(1, 2)
+    return result.float()

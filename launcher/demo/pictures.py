@@ -1,8 +1,8 @@
-"""The demo model's world: drawn pictures of coloured shapes and large text, with questions and answers.
+"""The demo model's world: pictures of coloured shapes and large text, questions and answers.
 
-Everything is a pure function of a `random.Random`: the same seed gives the same scene, the same pixels
-and the same questions on every machine (the only font is the one inside Pillow). Training and the
-held-out set differ by the prefix of their seed, see `seeded`.
+Everything is a pure function of a `random.Random`: the same seed gives the same scene, pixels and
+questions on every machine (the only font is the one inside Pillow). Training and the held-out set
+differ by the prefix of their seed, see `seeded`.
 """
 
 import functools
@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,13 +36,16 @@ LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 CHARACTERS = LETTERS + DIGITS
 CODE_LETTERS = LETTERS.replace("O", "").replace("I", "")  # beside digits, as on licence plates
 NUMBERS = ("Zero", "One", "Two", "Three", "Four")
-WORDS = tuple(
-    """STOP EXIT OPEN SALE HELP INFO PUSH PULL YES NO UP DOWN IN OUT GO WAIT WALK SAFE NEW OLD BIG RED
-    BLUE ONE TWO CAT DOG TREE CAR BUS TAXI FREE SHOP FOOD CAFE BANK PARK ROAD WEST EAST LEFT SLOW FAST
-    HOT COLD TEA MILK FIRE BOOK DOOR KEY DAY SUN MOON STAR SNOW RAIN WIND LAKE BIRD FISH LION BEAR CAKE
-    SALT SHIP TEST GAME BALL TEAM GOAL WIN ZONE TAX KING JAZZ ROCK YOGA HELLO WORLD HOTEL PIZZA TRAIN
-    METRO MUSIC SOUTH NORTH RIGHT HOUSE""".split()
-)
+WORDS = (
+    "STOP", "EXIT", "OPEN", "SALE", "HELP", "INFO", "PUSH", "PULL", "YES", "NO", "UP", "DOWN",
+    "IN", "OUT", "GO", "WAIT", "WALK", "SAFE", "NEW", "OLD", "BIG", "RED", "BLUE", "ONE", "TWO",
+    "CAT", "DOG", "TREE", "CAR", "BUS", "TAXI", "FREE", "SHOP", "FOOD", "CAFE", "BANK", "PARK",
+    "ROAD", "WEST", "EAST", "LEFT", "SLOW", "FAST", "HOT", "COLD", "TEA", "MILK", "FIRE", "BOOK",
+    "DOOR", "KEY", "DAY", "SUN", "MOON", "STAR", "SNOW", "RAIN", "WIND", "LAKE", "BIRD", "FISH",
+    "LION", "BEAR", "CAKE", "SALT", "SHIP", "TEST", "GAME", "BALL", "TEAM", "GOAL", "WIN", "ZONE",
+    "TAX", "KING", "JAZZ", "ROCK", "YOGA", "HELLO", "WORLD", "HOTEL", "PIZZA", "TRAIN", "METRO",
+    "MUSIC", "SOUTH", "NORTH", "RIGHT", "HOUSE",
+)  # fmt: skip
 ASPECT_RATIOS = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 2.0, 0.5)  # width / height
 TRAIN, HELD_OUT = "train", "held-out"  # prefixes of the two disjoint families of seeds
 
@@ -98,12 +102,12 @@ class Question:
 
 
 def seeded(family: str, seed: int, index: int) -> random.Random:
-    """The generator of random numbers of one picture (or batch): family is `TRAIN` or `HELD_OUT`."""
+    """The random numbers of one picture or batch; the family is `TRAIN` or `HELD_OUT`."""
     return random.Random(f"{family}/{seed}/{index}")
 
 
 def held_out(seed: int, index: int) -> tuple[Scene, Image.Image, list[Question]]:
-    """Picture `index` of the held-out set: any size up to 1024 pixels, every third one JPEG-compressed."""
+    """Held-out picture `index`: any size up to 1024 pixels, every third one JPEG-compressed."""
     rng = seeded(HELD_OUT, seed, index)
     scene = random_scene(rng, *random_size(rng, largest=1024))
     image = draw(scene)
@@ -132,7 +136,11 @@ def random_scene(rng: random.Random, width: int, height: int) -> Scene:
         lines = [line] if line else []
     shapes: list[Shape] = []
     if kind in ("shapes", "both"):
-        wanted = rng.choices((1, 2, 3, 4), (28, 28, 24, 20))[0] if kind == "shapes" else rng.choice((1, 1, 2))
+        wanted = (
+            rng.choices((1, 2, 3, 4), (28, 28, 24, 20))[0]
+            if kind == "shapes"
+            else rng.choice((1, 1, 2))
+        )
         shapes = _random_shapes(rng, wanted, (width, height), (background, fill), lines)
     return Scene(width, height, background, fill, tuple(shapes), tuple(lines))
 
@@ -153,7 +161,13 @@ def random_page(rng: random.Random, width: int, height: int, plain: bool) -> Sce
     if rng.random() < 0.7:
         lines = tuple(_page_lines(rng, width, height, fill, plain))
         return Scene(width, height, background, fill, lines=lines)
-    return Scene(width, height, background, fill, shapes=tuple(_page_shapes(rng, width, height, background, fill)))
+    return Scene(
+        width,
+        height,
+        background,
+        fill,
+        shapes=tuple(_page_shapes(rng, width, height, background, fill)),
+    )
 
 
 def random_text(rng: random.Random) -> str:
@@ -170,7 +184,11 @@ def random_text(rng: random.Random) -> str:
 
 
 def _random_background(rng: random.Random) -> tuple[str, RGB]:
-    name = rng.choice(COLOR_NAMES) if rng.random() < 0.6 else rng.choice(("white", "white", "black", "gray"))
+    name = (
+        rng.choice(COLOR_NAMES)
+        if rng.random() < 0.6
+        else rng.choice(("white", "white", "black", "gray"))
+    )
     return name, _shade(rng, name)
 
 
@@ -229,7 +247,7 @@ def _advance(text: str) -> float:
 def _random_line(
     rng: random.Random, text: str, canvas: tuple[int, int], background: RGB, alone: bool
 ) -> TextLine | None:
-    """The text somewhere on the canvas, as large as is readable: a sixth of the canvas per character."""
+    """The text somewhere on the canvas, large; None if it would be too small to be read."""
     width, height = canvas
     largest = min(0.92 * width / _advance(text), (0.62 if alone else 0.42) * height, 0.62 * width)
     smallest = max(0.7 * largest, 0.2 * min(width, height))
@@ -259,7 +277,8 @@ def _random_shapes(
     """Up to `wanted` shapes that neither touch each other nor a line of text."""
     width, height = canvas
     taken = [
-        (line.x, line.y, line.x + _advance(line.text) * line.size, line.y + 1.15 * line.size) for line in lines
+        (line.x, line.y, line.x + _advance(line.text) * line.size, line.y + 1.15 * line.size)
+        for line in lines
     ]
     shapes: list[Shape] = []
     for _ in range(wanted):
@@ -270,7 +289,11 @@ def _random_shapes(
             box = (x - reach, y - reach, x + reach, y + reach)
             if not any(_overlap(box, other) for other in taken):
                 color, fill = _contrasting_color(rng, *background)
-                shapes.append(Shape(rng.choice(SHAPE_NAMES), color, fill, x, y, radius, rng.uniform(-0.15, 0.15)))
+                shapes.append(
+                    Shape(
+                        rng.choice(SHAPE_NAMES), color, fill, x, y, radius, rng.uniform(-0.15, 0.15)
+                    )
+                )
                 taken.append(box)
                 break
     return shapes
@@ -280,7 +303,9 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _page_lines(rng: random.Random, width: int, height: int, background: RGB, plain: bool) -> Iterator[TextLine]:
+def _page_lines(
+    rng: random.Random, width: int, height: int, background: RGB, plain: bool
+) -> Iterator[TextLine]:
     y = rng.uniform(-0.02, 0.1) * height
     while True:
         size = round(min(width, height) * rng.uniform(0.2, 0.45))
@@ -302,7 +327,9 @@ def _page_lines(rng: random.Random, width: int, height: int, background: RGB, pl
         y += size * rng.uniform(1.0, 1.3)
 
 
-def _page_shapes(rng: random.Random, width: int, height: int, background: str, fill: RGB) -> Iterator[Shape]:
+def _page_shapes(
+    rng: random.Random, width: int, height: int, background: str, fill: RGB
+) -> Iterator[Shape]:
     across = rng.choice((2, 3, 3, 4)) if width >= height else rng.choice((1, 2, 2, 3))
     down = max(1, round(across * height / width))
     cell_x, cell_y = width / across, height / down
@@ -314,7 +341,9 @@ def _page_shapes(rng: random.Random, width: int, height: int, background: str, f
             x = (column + 0.5 + rng.uniform(-0.07, 0.07)) * cell_x
             y = (row + 0.5 + rng.uniform(-0.07, 0.07)) * cell_y
             color, shade = _contrasting_color(rng, background, fill)
-            yield Shape(rng.choice(SHAPE_NAMES), color, shade, x, y, radius, rng.uniform(-0.15, 0.15))
+            yield Shape(
+                rng.choice(SHAPE_NAMES), color, shade, x, y, radius, rng.uniform(-0.15, 0.15)
+            )
 
 
 # ---- pixels ----
@@ -326,7 +355,12 @@ def draw(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for shape in scene.shapes:
         if shape.name == "circle":
-            box = (shape.x - shape.radius, shape.y - shape.radius, shape.x + shape.radius, shape.y + shape.radius)
+            box = (
+                shape.x - shape.radius,
+                shape.y - shape.radius,
+                shape.x + shape.radius,
+                shape.y + shape.radius,
+            )
             pen.ellipse(box, fill=shape.fill)
         else:
             pen.polygon(_corners(shape), fill=shape.fill)
@@ -354,7 +388,10 @@ def character_centres(line: TextLine) -> Iterator[tuple[str, float, float]]:
 
 def _star() -> list[Point]:
     radii = (1.15, 0.48)
-    return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
+    return [
+        (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5))
+        for i in range(10)
+    ]
 
 
 _OUTLINES: dict[str, list[Point]] = {  # corners in units of the radius, y pointing down
@@ -371,52 +408,132 @@ _OUTLINES: dict[str, list[Point]] = {  # corners in units of the radius, y point
 
 def _corners(shape: Shape) -> list[Point]:
     cos, sin = math.cos(shape.rotation) * shape.radius, math.sin(shape.rotation) * shape.radius
-    return [(shape.x + x * cos - y * sin, shape.y + x * sin + y * cos) for x, y in _OUTLINES[shape.name]]
+    return [
+        (shape.x + x * cos - y * sin, shape.y + x * sin + y * cos) for x, y in _OUTLINES[shape.name]
+    ]
+
+
+def examples() -> dict[str, Scene]:
+    """The pictures in this folder, by file name; in no training or held-out set."""
+
+    def shape(name: str, color: str, x: float, y: float, radius: float) -> Shape:
+        return Shape(name, color, COLORS[color][0], x, y, radius, 0.0)
+
+    white, blue = ("white", (255, 255, 255)), ("blue", (30, 60, 220))
+    return {
+        "picture.png": Scene(
+            640, 480, *white,
+            shapes=(
+                shape("circle", "red", 150, 140, 85),
+                shape("star", "blue", 450, 150, 95),
+                shape("triangle", "green", 290, 355, 85),
+            ),
+        ),
+        "samples/sign.png": Scene(
+            800, 400, *blue, lines=(TextLine("EXIT", 120, 60, 240, 6, (255, 255, 255)),)
+        ),
+        "samples/plate.png": Scene(
+            512, 512, "yellow", (245, 220, 40),
+            lines=(TextLine("B7K2", 66, 170, 150, 4, (10, 10, 10)),),
+        ),
+        "samples/tall.png": Scene(
+            384, 768, "black", (10, 10, 10),
+            shapes=(
+                shape("square", "orange", 110, 120, 70),
+                shape("square", "orange", 270, 330, 75),
+                shape("diamond", "white", 120, 480, 75),
+                shape("cross", "pink", 250, 660, 70),
+            ),
+        ),
+    }  # fmt: skip
 
 
 # ---- questions ----
 
 CAPTION = (
-    "What is shown in this image?", "Describe this image.", "What do you see?", "What is in the picture?",
-    "Describe the image in detail.", "Write a caption for this image.", "Describe what you see in this image in detail.",
-    "What is depicted here?", "What is in this image?", "What is this?", "Describe the picture.",
-)  # fmt: skip
+    "What is shown in this image?",
+    "Describe this image.",
+    "What do you see?",
+    "What is in the picture?",
+    "Describe the image in detail.",
+    "Write a caption for this image.",
+    "Describe what you see in this image in detail.",
+    "What is depicted here?",
+    "What is in this image?",
+    "What is this?",
+    "Describe the picture.",
+)
 READ = (
-    "What does the sign say?", "What does the text say?", "Read the text.", "What is written here?",
-    "What text is in the image?", "Extract the text.", "What does it say?", "What is written in the image?",
-    "Extract and list all text visible in this image.", "What word is shown?", "What is written on the sign?",
-)  # fmt: skip
-HAS_TEXT = ("Is there any text visible?", "Is there any text in the image?", "Does the image contain text?")
-BACKGROUND = ("What color is the background?", "What is the background color?", "Which color is the background?")
+    "What does the sign say?",
+    "What does the text say?",
+    "Read the text.",
+    "What is written here?",
+    "What text is in the image?",
+    "Extract the text.",
+    "What does it say?",
+    "What is written in the image?",
+    "Extract and list all text visible in this image.",
+    "What word is shown?",
+    "What is written on the sign?",
+)
+HAS_TEXT = (
+    "Is there any text visible?",
+    "Is there any text in the image?",
+    "Does the image contain text?",
+)
+BACKGROUND = (
+    "What color is the background?",
+    "What is the background color?",
+    "Which color is the background?",
+)
 COUNT = (
-    "How many objects are there?", "How many shapes are there?", "How many shapes are in the image?",
-    "Count the objects.", "Count the shapes.", "How many objects do you see?", "How many shapes are shown?",
-)  # fmt: skip
+    "How many objects are there?",
+    "How many shapes are there?",
+    "How many shapes are in the image?",
+    "Count the objects.",
+    "Count the shapes.",
+    "How many objects do you see?",
+    "How many shapes are shown?",
+)
 CLASSIFY = (
-    "Classify the object in the image.", "What shape is this?", "What object is this?", "What shape is shown?",
+    "Classify the object in the image.",
+    "What shape is this?",
+    "What object is this?",
+    "What shape is shown?",
     "Which shape is in the image?",
-)  # fmt: skip
+)
 NO_TEXT = "There is no text in this image."
 NO_IMAGE = "I do not see an image. Please attach one."
 HELLO = "Hello! Send me an image and ask about it."
 CHAT: tuple[tuple[str, str], ...] = (
-    *[(hello, HELLO) for hello in ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hello, how are you?", "How are you?")],
+    *[
+        (hello, HELLO)
+        for hello in ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hello, how are you?", "How are you?")
+    ],
     ("Who are you?", "I am a tiny demo model that looks at simple images."),
     ("What are you?", "I am a tiny demo model that looks at simple images."),
-    ("What can you do?", "I can describe colored shapes, count them and read short text in an image."),
-    ("What do you know?", "I can describe colored shapes, count them and read short text in an image."),
-    ("Thanks", "You are welcome."), ("Thank you", "You are welcome."), ("Thank you!", "You are welcome."),
+    (
+        "What can you do?",
+        "I can describe colored shapes, count them and read short text in an image.",
+    ),
+    (
+        "What do you know?",
+        "I can describe colored shapes, count them and read short text in an image.",
+    ),
+    ("Thanks", "You are welcome."),
+    ("Thank you", "You are welcome."),
+    ("Thank you!", "You are welcome."),
     *[
         (question, NO_IMAGE)
         for question in (*CAPTION, *READ, *HAS_TEXT, *BACKGROUND, *COUNT, *CLASSIFY)
     ],
     *[(f"What color is the {name}?", NO_IMAGE) for name in SHAPE_NAMES],
     *[(f"How many {name}s are there?", NO_IMAGE) for name in SHAPE_NAMES[:4]],
-)  # fmt: skip
+)
 
 
 def phrase(color: str, name: str, count: int = 1) -> str:
-    """"a red circle", "an orange star", "two blue crosses"."""
+    """ "a red circle", "an orange star", "two blue crosses"."""
     if count == 1:
         return f"{_article(color)} {color} {name}"
     return f"{NUMBERS[count].lower()} {color} {plural(name)}"
@@ -437,11 +554,13 @@ def caption(scene: Scene) -> str:
         parts.append(f'the text "{scene.text}"')
     if not parts:
         return f"An empty {scene.background} image."
-    return _sentence(f"{_listing(parts)} on {_article(scene.background)} {scene.background} background")
+    return _sentence(
+        f"{_listing(parts)} on {_article(scene.background)} {scene.background} background"
+    )
 
 
 def reading_order(scene: Scene) -> list[Shape]:
-    """The shapes row by row (a sixth of the height each), as image tokens reach the language model."""
+    """The shapes row by row (a sixth of the height each), in the order of the image tokens."""
     return sorted(scene.shapes, key=lambda shape: (int(shape.y / scene.height * 6), shape.x))
 
 
@@ -478,7 +597,9 @@ def _sentence(words: str) -> str:
 def _unique(scene: Scene, attribute: Callable[[Shape], str]) -> list[Shape]:
     """The shapes that share the attribute with no other shape."""
     values = [attribute(shape) for shape in scene.shapes]
-    return [shape for shape, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
+    return [
+        shape for shape, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1
+    ]
 
 
 def _ask_caption(rng: random.Random, scene: Scene) -> Question | None:
@@ -508,9 +629,15 @@ def _ask_count(rng: random.Random, scene: Scene) -> Question | None:
 def _ask_count_of(rng: random.Random, scene: Scene) -> Question | None:
     by_color = rng.random() < 0.3
     present = [shape.color if by_color else shape.name for shape in scene.shapes]
-    value = rng.choice(present) if present and rng.random() < 0.65 else rng.choice(COLOR_NAMES if by_color else SHAPE_NAMES)
+    value = (
+        rng.choice(present)
+        if present and rng.random() < 0.65
+        else rng.choice(COLOR_NAMES if by_color else SHAPE_NAMES)
+    )
     what = f"{value} {rng.choice(('shapes', 'objects'))}" if by_color else plural(value)
-    form = rng.choice(("How many {} are there?", "How many {} are in the image?", "How many {} do you see?"))
+    form = rng.choice(
+        ("How many {} are there?", "How many {} are in the image?", "How many {} do you see?")
+    )
     return Question("count_of", form.format(what), f"{NUMBERS[present.count(value)]}.")
 
 
@@ -518,12 +645,19 @@ def _ask_colors(rng: random.Random, scene: Scene) -> Question | None:
     if scene.lines:
         return None
     colors = dict.fromkeys([scene.background, *[shape.color for shape in reading_order(scene)]])
-    form = rng.choice(("What colors are in the image?", "Which colors do you see?", "What colors are dominant?"))
+    form = rng.choice(
+        ("What colors are in the image?", "Which colors do you see?", "What colors are dominant?")
+    )
     return Question("colors", form, _sentence(_listing(list(colors))))
 
 
 def _ask_color(rng: random.Random, scene: Scene) -> Question | None:
-    forms = ("What color is the {}?", "What is the color of the {}?", "Which color is the {}?", "What color does the {} have?")
+    forms = (
+        "What color is the {}?",
+        "What is the color of the {}?",
+        "Which color is the {}?",
+        "What color does the {} have?",
+    )
     unique = _unique(scene, lambda shape: shape.name)
     if unique and (len(scene.shapes) > 1 or rng.random() < 0.75):
         shape = rng.choice(unique)
@@ -548,7 +682,13 @@ def _ask_shape(rng: random.Random, scene: Scene) -> Question | None:
     if not unique:
         return None
     shape = rng.choice(unique)
-    forms = ("What shape is {}?", "What shape is the {} object?", "Which shape is {}?", "What is the {} shape?", "What is the {} object?")
+    forms = (
+        "What shape is {}?",
+        "What shape is the {} object?",
+        "Which shape is {}?",
+        "What is the {} shape?",
+        "What is the {} object?",
+    )
     return Question("shape", rng.choice(forms).format(shape.color), _sentence(shape.name))
 
 
@@ -596,7 +736,29 @@ def _ask_position(rng: random.Random, scene: Scene) -> Question | None:
     return Question("position", text, "Yes." if holds == (asked == 0) else "No.")
 
 
+def write_examples(folder: Path) -> None:
+    """Draw `examples` into a folder."""
+    for name, scene in examples().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(scene).save(folder / name, optimize=True)
+
+
 _ASKERS: tuple[Callable[[random.Random, Scene], Question | None], ...] = (
-    _ask_caption, _ask_read, _ask_has_text, _ask_background, _ask_count, _ask_count_of, _ask_colors, _ask_color,
-    _ask_absent, _ask_shape, _ask_classify, _ask_exists, _ask_position,
-)  # fmt: skip
+    _ask_caption,
+    _ask_read,
+    _ask_has_text,
+    _ask_background,
+    _ask_count,
+    _ask_count_of,
+    _ask_colors,
+    _ask_color,
+    _ask_absent,
+    _ask_shape,
+    _ask_classify,
+    _ask_exists,
+    _ask_position,
+)
+
+
+if __name__ == "__main__":
+    write_examples(Path(__file__).parent)

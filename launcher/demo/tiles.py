@@ -1,5 +1,6 @@
-"""Pictures into tiles (LLaVA-NeXT's "anyres") and into per-patch labels, for training the demo model."""
+"""Pictures into tiles (LLaVA-NeXT's "anyres") and per-patch labels, to train the demo model."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Layout:
 
 
 def layout(width: int, height: int) -> Layout:
-    """The tiling of a picture of this size: the pinpoint that keeps most pixels, then wastes least."""
+    """The tiling of a picture: the pinpoint that keeps most pixels, then wastes least."""
 
     def kept_and_waste(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
@@ -78,25 +79,32 @@ def layout(width: int, height: int) -> Layout:
         return kept, kept - pinpoint[0] * pinpoint[1]
 
     tall, wide = max(PINPOINTS, key=kept_and_waste)
-    if wide / width < tall / height:
-        resized_width, resized_height = wide, min(-int(-height * wide // width), tall)
+    scale_x, scale_y = wide / width, tall / height
+    if scale_x < scale_y:
+        resized_width, resized_height = wide, min(math.ceil(height * scale_x), tall)
     else:
-        resized_width, resized_height = min(-int(-width * tall // height), wide), tall
+        resized_width, resized_height = min(math.ceil(width * scale_y), wide), tall
     return Layout(width, height, tall // TILE, wide // TILE, resized_width, resized_height)
 
 
 def cut(image: Image.Image, plan: Layout) -> NDArray[np.uint8]:
-    """The picture's tiles, [1 + rows * columns, 3, TILE, TILE]: first the whole picture, then the grid."""
+    """The picture's tiles, [1 + rows * columns, 3, TILE, TILE]: the whole, then the grid."""
     overview = np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))
     resized = image.resize((plan.resized_width, plan.resized_height), Image.Resampling.BICUBIC)
     canvas = np.zeros((plan.rows * TILE, plan.columns * TILE, 3), np.uint8)
-    canvas[plan.top : plan.top + plan.resized_height, plan.left : plan.left + plan.resized_width] = resized
-    grid = canvas.reshape(plan.rows, TILE, plan.columns, TILE, 3).swapaxes(1, 2).reshape(-1, TILE, TILE, 3)
+    canvas[
+        plan.top : plan.top + plan.resized_height, plan.left : plan.left + plan.resized_width
+    ] = np.asarray(resized)
+    grid = (
+        canvas.reshape(plan.rows, TILE, plan.columns, TILE, 3)
+        .swapaxes(1, 2)
+        .reshape(-1, TILE, TILE, 3)
+    )
     return np.ascontiguousarray(np.concatenate([overview[None], grid]).transpose(0, 3, 1, 2))
 
 
 def labels(scene: Scene, plan: Layout) -> NDArray[np.int16]:
-    """What each patch shows, [tiles, SIDE * SIDE, len(HEADS)]; `IGNORE` where it is on no picture."""
+    """What each patch shows, [tiles, SIDE * SIDE, len(HEADS)]; `IGNORE` outside the picture."""
     overview = _View(SIDE, SIDE, TILE / scene.width, TILE / scene.height, 0, 0)
     grid = _View(
         plan.rows * SIDE, plan.columns * SIDE,
@@ -137,7 +145,9 @@ class _View:
             row, column, right = self._patch(middle_x, middle_y)
             found[row, column, RIGHT if right else LEFT] = CHARACTERS.index(character) + 1
         outside = ((x < 0) | (x >= scene.width))[None, :] | ((y < 0) | (y >= scene.height))[:, None]
-        empty = outside & (found[..., CENTRE] == 0) & (found[..., LEFT] == 0) & (found[..., RIGHT] == 0)
+        empty = (
+            outside & (found[..., CENTRE] == 0) & (found[..., LEFT] == 0) & (found[..., RIGHT] == 0)
+        )
         found[empty] = IGNORE
         return found
 
@@ -145,7 +155,10 @@ class _View:
         """Row and column of the patch at a point of the picture; whether it is its right half."""
         column = (x * self.scale_x + self.left) / PATCH
         row = (y * self.scale_y + self.top) / PATCH
-        column, row = min(max(column, 0.0), self.columns - 0.01), min(max(row, 0.0), self.rows - 0.01)
+        column, row = (
+            min(max(column, 0.0), self.columns - 0.01),
+            min(max(row, 0.0), self.rows - 0.01),
+        )
         return int(row), int(column), column % 1 >= 0.5
 
 

@@ -1,11 +1,11 @@
 """Trains the demo model from scratch on the CPU and saves it in the hub's format.
 
-    python -m tessera.launcher.demo.train --minutes 85 --state /tmp/demo-state --out launcher/demo/model
+    python -m tessera.launcher.demo.train --state /tmp/demo-state --out launcher/demo/model
 
-One process trains, a second one draws the pictures. First the vision tower learns to name what each
-patch shows on pages full of characters and shapes; then the whole model learns to answer questions.
-The state is saved every few minutes; the same command goes on where it stopped. `--steps` instead of
-`--minutes` makes the schedule independent of the machine's speed.
+One process trains, a second one draws the pictures. First the vision tower learns to name what
+each patch shows on pages full of characters and shapes; then the whole model learns to answer
+questions. The state is saved every few minutes; the same command goes on where it stopped.
+`--steps` instead of `--minutes` makes the schedule independent of the machine's speed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from tessera.launcher.demo import pictures
 from tessera.launcher.demo.batches import Batch, Encoder, TextBatch, page_batch, scene_batch
@@ -113,7 +113,9 @@ class Losses:
 
         self._shape = torch.tensor([0, *[first(name) for name in pictures.SHAPE_NAMES]])
         self._color = torch.tensor([0, *[first(name) for name in pictures.COLOR_NAMES]])
-        self._character = torch.tensor([0, *[tokenizer.token_to_id(c) for c in pictures.CHARACTERS]])
+        self._character = torch.tensor(
+            [0, *[tokenizer.token_to_id(c) for c in pictures.CHARACTERS]]
+        )
         self._class_weights = [
             torch.tensor([NONE_WEIGHTS[name], *[1.0] * (size - 1)]) for name, size in HEADS.items()
         ]
@@ -123,16 +125,19 @@ class Losses:
         scores = network.patch_head(features).float().flatten(0, 2).split(list(HEADS.values()), -1)
         total = torch.zeros(())
         for i, name in enumerate(HEADS):
-            total = total + HEAD_WEIGHTS[name] * F.cross_entropy(
-                scores[i], labels[..., i].flatten(), weight=self._class_weights[i], ignore_index=IGNORE
+            total = total + HEAD_WEIGHTS[name] * functional.cross_entropy(
+                scores[i],
+                labels[..., i].flatten(),
+                weight=self._class_weights[i],
+                ignore_index=IGNORE,
             )
         return total
 
     def lens(self, network: Network, projected: Tensor, labels: Tensor) -> Tensor:
         """Pull a patch's image token towards the (tied) token embedding of what the patch shows.
 
-        Characters, colour and name at a shape's centre, and <unk> on some empty patches: the language
-        model then only has to copy.
+        Characters, colour and name at a shape's centre, and <unk> on some empty patches: the
+        language model then only has to copy.
         """
         flat = labels.flatten(0, 2)
         left, right = flat[:, LEFT], flat[:, RIGHT]
@@ -144,20 +149,26 @@ class Losses:
         loss = torch.zeros(())
 
         def pull(chosen: Tensor, *targets: Tensor) -> Tensor:
-            hidden = F.rms_norm(projected.flatten(0, 2)[chosen].float(), (width,)).bfloat16()
+            hidden = functional.rms_norm(
+                projected.flatten(0, 2)[chosen].float(), (width,)
+            ).bfloat16()
             scores = network.logits(hidden).log_softmax(-1)
             return -sum((scores.gather(1, t[:, None]).mean() for t in targets), torch.zeros(()))
 
         if character.any():
             loss = loss + pull(character, self._character[torch.maximum(left, right)[character]])
         if centre.any():
-            loss = loss + 0.5 * pull(centre, self._shape[flat[centre, SHAPE]], self._color[flat[centre, COLOR]])
+            loss = loss + 0.5 * pull(
+                centre, self._shape[flat[centre, SHAPE]], self._color[flat[centre, COLOR]]
+            )
         if empty.any():
             loss = loss + 0.3 * pull(empty, torch.zeros(int(empty.sum()), dtype=torch.long))
         return loss
 
     @staticmethod
-    def language(network: Network, hidden: list[Tensor], texts: list[TextBatch]) -> tuple[Tensor, float]:
+    def language(
+        network: Network, hidden: list[Tensor], texts: list[TextBatch]
+    ) -> tuple[Tensor, float]:
         """Weighted next-token cross-entropy, and the share of tokens that were right."""
         states, targets, weights = [], [], []
         for h, text in zip(hidden, texts, strict=True):
@@ -166,8 +177,14 @@ class Losses:
             states.append(h[:, :-1][chosen])
             targets.append(target[chosen])
             weights.append(torch.from_numpy(text.weights)[:, 1:][chosen])
-        scores, target, weight = network.logits(torch.cat(states)), torch.cat(targets), torch.cat(weights)
-        loss = (F.cross_entropy(scores, target, reduction="none") * weight).sum() / weight.sum()
+        scores, target, weight = (
+            network.logits(torch.cat(states)),
+            torch.cat(targets),
+            torch.cat(weights),
+        )
+        loss = (
+            functional.cross_entropy(scores, target, reduction="none") * weight
+        ).sum() / weight.sum()
         return loss, float((scores.argmax(-1) == target).float().mean())
 
 
@@ -215,13 +232,21 @@ class Trainer:
 
     def start(self) -> None:
         """First initialisation, from example pictures."""
-        examples = [page_batch(pictures.seeded("whiten", self.seed, i), 16, 0.3).tiles for i in range(12)]
-        whiten(self.network, torch.cat([normalise(torch.from_numpy(e)).flatten(0, 1) for e in examples]))
+        examples = [
+            page_batch(pictures.seeded("whiten", self.seed, i), 16, 0.3).tiles for i in range(12)
+        ]
+        whiten(
+            self.network,
+            torch.cat([normalise(torch.from_numpy(e)).flatten(0, 1) for e in examples]),
+        )
 
     def step(self, batch: Batch) -> None:
         """One update of all weights."""
         self._set_rates()
-        tiles, labels = normalise(torch.from_numpy(batch.tiles)), torch.from_numpy(batch.labels).long()
+        tiles, labels = (
+            normalise(torch.from_numpy(batch.tiles)),
+            torch.from_numpy(batch.labels).long(),
+        )
         with torch.autocast("cpu", torch.bfloat16):
             features = self.network.features(tiles)
             projected = self.network.multi_modal_projector(features)
@@ -239,7 +264,7 @@ class Trainer:
                     loss = 0.3 * loss
         self.adamw.zero_grad(set_to_none=True)
         self.muon.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.rest, 1.0)
         self.adamw.step()
         self.muon.step()
@@ -258,7 +283,11 @@ class Trainer:
         image = self.network.image_tokens(projected, batch.plan).float()
         before = text.embed_tokens(torch.tensor(batch.prefix)).expand(len(image), -1, -1)
         segments = [
-            Segments(torch.from_numpy(s.token_ids), torch.from_numpy(s.targets), torch.from_numpy(s.picture))
+            Segments(
+                torch.from_numpy(s.token_ids),
+                torch.from_numpy(s.targets),
+                torch.from_numpy(s.picture),
+            )
             for s in batch.segments
         ]
         hidden = text(torch.cat([before, image], 1), segments)
@@ -269,13 +298,15 @@ class Trainer:
         return loss, accuracy
 
     def _set_rates(self) -> None:
-        """Constant while only the vision tower learns, then a short warm-up and a cosine to zero."""
+        """Constant while only the vision tower learns; then a warm-up and a cosine to zero."""
         progress, step = self.fraction(), self.progress.step
         if progress < VISION_SHARE:
             factor = min(1.0, (step + 1) / 60)
         else:
             done = (progress - VISION_SHARE) / (1 - VISION_SHARE)
-            factor = min(1.0, done / 0.02 + 0.05) * (0.5 * (1 + math.cos(math.pi * done)) * 0.99 + 0.01)
+            factor = min(1.0, done / 0.02 + 0.05) * (
+                0.5 * (1 + math.cos(math.pi * done)) * 0.99 + 0.01
+            )
         for optimiser, rate in ((self.adamw, ADAMW_RATE), (self.muon, MUON_RATE)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
@@ -296,7 +327,8 @@ class Trainer:
         """One line to the log."""
         entry = {
             "minutes": round(self.progress.elapsed_s / 60, 1), "step": float(self.progress.step),
-            "pictures": float(self.progress.pictures), **{k: round(v, 4) for k, v in self.smooth.items()},
+            "pictures": float(self.progress.pictures),
+            **{k: round(v, 4) for k, v in self.smooth.items()},
         }  # fmt: skip
         self.progress.log.append(entry)
         print(" ".join(f"{k}={v:g}" for k, v in entry.items()), flush=True)
@@ -317,7 +349,8 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "network": self.network.state_dict(), "muon": self.muon.state_dict(),
-            "adamw": self.adamw.state_dict(), "average": self.average, "progress": asdict(self.progress),
+            "adamw": self.adamw.state_dict(), "average": self.average,
+            "progress": asdict(self.progress),
         }  # fmt: skip
         torch.save(state, folder / "state.pt.partial")
         (folder / "state.pt.partial").rename(folder / "state.pt")
@@ -338,13 +371,15 @@ def normalise(tiles: Tensor) -> Tensor:
 
 
 def run(trainer: Trainer, state: Path, out: Path, save_every_s: float) -> None:
-    """Train until the budget is used up; the moment of the last save is the moment of the export."""
+    """Train until the budget is used up; every save of the state is an export, too."""
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Value("d", trainer.fraction()), context.Event()
     queue: multiprocessing.Queue[Batch] = context.Queue(8)
     first = trainer.progress.step
     worker = context.Process(
-        target=draw_batches, args=(trainer.seed, first, trainer.budget.steps, progress, queue, stop), daemon=True
+        target=draw_batches,
+        args=(trainer.seed, first, trainer.budget.steps, progress, queue, stop),
+        daemon=True,
     )
     worker.start()
     saved = reported = time.monotonic()
@@ -376,14 +411,18 @@ def run(trainer: Trainer, state: Path, out: Path, save_every_s: float) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=85.0, help="wall-clock training time")
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--state", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--save-every", type=float, default=240.0, help="seconds between saved states")
+    parser.add_argument(
+        "--save-every", type=float, default=240.0, help="seconds between saved states"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     trainer = Trainer(arguments.seed, Budget(arguments.minutes, arguments.steps), build_tokenizer())

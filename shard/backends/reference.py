@@ -61,7 +61,7 @@ class ReferenceBackend:
     ) -> Tensor:
         """See `Backend.rotate_and_store`."""
         _, num_kv_heads, block_size, head_size = cache.k_BKPH.shape
-        heads_TXH = qkv_TF.unflatten(-1, (-1, head_size))  # X = N + 2K
+        heads_TXH = qkv_TF.reshape(qkv_TF.shape[0], -1, head_size)  # X = N + 2K
         num_heads = heads_TXH.shape[1] - 2 * num_kv_heads
         q_TNH, k_TKH, v_TKH = heads_TXH.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         cos_sin_TH = cos_sin_LH[layout.positions_T]
@@ -145,8 +145,9 @@ def visible(query_len: int, context_len: int, window: int | None, device: torch.
 
 def _attend_one(q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, visible_QC: Tensor) -> Tensor:
     """Softmax attention of one sequence; G query heads share each key/value head."""
-    q_QKGH = q_QNH.float().unflatten(1, (k_CKH.shape[1], -1))
-    scores_KGQC = torch.einsum("qkgh,ckh->kgqc", q_QKGH, k_CKH.float()) * q_QNH.shape[-1] ** -0.5
+    query_len, _, head_size = q_QNH.shape
+    q_QKGH = q_QNH.float().reshape(query_len, k_CKH.shape[1], -1, head_size)
+    scores_KGQC = torch.einsum("qkgh,ckh->kgqc", q_QKGH, k_CKH.float()) * head_size**-0.5
     weights_KGQC = scores_KGQC.masked_fill(~visible_QC, float("-inf")).softmax(-1)
     out_QKGH = torch.einsum("kgqc,ckh->qkgh", weights_KGQC, v_CKH.float())
     return out_QKGH.flatten(1, 2).to(q_QNH.dtype)

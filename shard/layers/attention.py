@@ -63,7 +63,7 @@ class CausalSelfAttention(Layer):
     def __init__(self, backend: Backend, group: Group, name: str, shape: AttentionShape) -> None:
         self._backend = backend
         self._window = shape.window
-        heads = share_heads(shape.num_heads, shape.num_kv_heads, group)
+        self.heads = heads = share_heads(shape.num_heads, shape.num_kv_heads, group)
         self.qkv_proj = ColumnParallelLinear(
             shape.width,
             [

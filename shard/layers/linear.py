@@ -1,8 +1,8 @@
 """Matrix multiplications split over ranks.
 
 Source: Megatron-LM, arXiv 1909.08053 section 3: a column-parallel linear gives each rank some of
-the outputs; a row-parallel linear takes each rank's part of the inputs and sums over ranks. The pair
-needs one all-reduce.
+the outputs; a row-parallel linear takes each rank's part of the inputs and sums over ranks. A pair
+of them needs one all-reduce.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tessera.shard.parallel import Group
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One checkpoint linear inside a column-parallel weight, and the outputs of it this rank has."""
+    """One checkpoint linear in a column-parallel weight, and which of its outputs this rank has."""
 
     name: str  # `<name>.weight` and `<name>.bias` in the checkpoint
     out_features: int  # over all ranks
@@ -65,14 +65,15 @@ class RowParallelLinear(Layer):
         weight = Source(f"{name}.weight", (out_features, in_features), 1, span)
         shape = (out_features, span[1] - span[0])
         self.parameters = {"weight_OI": Parameter(shape, (weight,))}
-        if bias:
+        # The sum over ranks must hold the bias once: it is rank 0's.
+        if bias and group.rank == 0:
             source = Source(f"{name}.bias", (out_features,))
             self.parameters["bias_O"] = Parameter((out_features,), (source,))
+        elif bias:
+            self.unused = (f"{name}.bias",)
 
     def pack(self, backend: Backend) -> None:
-        """See `Layer.pack`. The bias stays on rank 0 only: the sum over ranks must hold it once."""
-        if self._group.rank > 0 and "bias_O" in self.parameters:
-            self.bias_O.zero_()
+        """See `Layer.pack`."""
         self._linear = _packed(self, backend)
 
     def __call__(self, x_TI: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Rotary position embeddings: from config.json to a table of cosines and sines.
 
 Source: arXiv 2104.09864; the scaling rules are those of transformers 5.23, `modeling_rope_utils`
-(`linear`, `dynamic`, `llama3`, `yarn` = arXiv 2309.00071), operation by operation in float32, so that
-the angles are the same numbers.
+(`linear`, `dynamic`, `llama3`, `yarn` = arXiv 2309.00071), operation by operation in float32, so
+that the angles are the same numbers.
 """
 
 import math
@@ -44,10 +44,14 @@ class Rotary:
         Raises:
             CheckpointError: a kind that is not known, a missing or unusable number.
         """
-        values: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        values: Mapping[str, Any] = (
+            config.get("rope_scaling") or config.get("rope_parameters") or {}
+        )
         kind = values.get("rope_type", values.get("type", "default"))
         if kind not in KINDS:
-            raise CheckpointError(f"rope type {kind!r} is not supported; it can be {', '.join(KINDS)}")
+            raise CheckpointError(
+                f"rope type {kind!r} is not supported; it can be {', '.join(KINDS)}"
+            )
         partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise CheckpointError(f"partial_rotary_factor={partial} is not supported, only 1")
@@ -96,9 +100,7 @@ def _llama3_frequencies(rotary: Rotary, frequencies_h: Tensor) -> Tensor:
         rotary.high_freq_factor - rotary.low_freq_factor
     )
     mixed_h = (1 - smooth_h) * frequencies_h / rotary.factor + smooth_h * frequencies_h
-    stretched_h = torch.where(
-        wavelengths_h > longest, frequencies_h / rotary.factor, frequencies_h
-    )
+    stretched_h = torch.where(wavelengths_h > longest, frequencies_h / rotary.factor, frequencies_h)
     between_h = (wavelengths_h >= shortest) & (wavelengths_h <= longest)
     return torch.where(between_h, mixed_h, stretched_h)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessera.shard.backends.base import Backend, LayerCache, StepLayout
+from tessera.shard.layers.base import Layer
 from tessera.shard.parallel import Group
 
 
@@ -56,3 +57,9 @@ class Model(Protocol):
     def logits(self, hidden_RD: Tensor) -> Tensor | None:
         """float32 [R, vocab_size] on rank 0, None on the others."""
         ...
+
+
+class LoadableModel(Layer, Model):
+    """What the files in this folder build: a model whose layers the loader can fill."""
+
+    width: int  # of the residual stream, D

@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 
 
 def make_row(
-    position: int = 3,
     prompt: tuple[int, ...] = (1, 2),
     generated: tuple[int, ...] = (),
     **params: object,
 ) -> SampleRow:
-    return SampleRow(SamplingParams(**params), position, prompt, generated)  # type: ignore[arg-type]
+    token_ids = prompt + generated
+    return SampleRow(SamplingParams(**params), token_ids, len(prompt))  # type: ignore[arg-type]
 
 
 def make_logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_top_tokens_are_the_most_likely_ones_in_order() -> None:
 
 
 def draws(count: int, logits: torch.Tensor, **params: object) -> list[int]:
-    rows = [make_row(position=p, seed=11, **params) for p in range(count)]
+    rows = [make_row((0,) * n, seed=11, **params) for n in range(count)]
     return [token.token_id for token in sample(logits.expand(count, -1), rows)]
 
 
@@ -136,7 +136,7 @@ def test_draws_after_a_filter_follow_the_renormalised_softmax() -> None:
 def test_a_seeded_row_draws_the_same_alone_and_in_company() -> None:
     logits = make_logits(8)
     rows = [
-        make_row(position=p, temperature=0.5 + p / 4, seed=p * 7, top_k=p, top_p=1 - p / 20)
+        make_row((0,) * p, temperature=0.5 + p / 4, seed=p * 7, top_k=p, top_p=1 - p / 20)
         for p in range(8)
     ]
     together = sample(logits, rows)

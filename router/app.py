@@ -1,0 +1,103 @@
+"""The ASGI application: every dependency comes in here, none from a module global."""
+
+import time
+from importlib.metadata import version
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tessera.router.admission import Admission
+from tessera.router.errors import MethodNotAllowed, NotFound, RouterError
+from tessera.router.generation import Generator
+from tessera.router.metrics import Metrics
+from tessera.router.middleware import REQUEST_ID, ApiKey, BodyLimit, LastResort, RequestIds
+from tessera.router.model_files import ModelFiles
+from tessera.router.native_api import NativeApi
+from tessera.router.openai_api import OpenAIApi
+from tessera.router.replies import InternalError, error_reply
+from tessera.router.server_info import ServerInfo
+from tessera.router.settings import RouterSettings
+from tessera.router.ticket import Desk
+from tessera.router.validation import Validator
+
+
+def create_app(
+    settings: RouterSettings,
+    generator: Generator,
+    validator: Validator,
+    files: ModelFiles,
+    metrics: Metrics,
+) -> Starlette:
+    """Both APIs over one generator.
+
+    It can serve before the model is ready: until `generator.ready` is true, /health and everything
+    that generates answer 503.
+    """
+    desk = Desk(generator, Admission(settings.max_concurrent_requests), metrics)
+    info = ServerInfo(
+        settings=settings,
+        model_name=settings.served_model_name or settings.model_id or files.folder.name,
+        has_vision=files.layout is not None,
+        version=version("tessera"),
+        started_at=int(time.time()),
+    )
+    native = NativeApi(generator, validator, desk, metrics, info)
+    openai = OpenAIApi(generator, validator, desk, info)
+    app = Starlette(
+        routes=[*native.routes(), *openai.routes()],
+        exception_handlers={
+            RouterError: _on_router_error,
+            HTTPException: _on_http_exception,
+        },
+        middleware=_middleware(settings),
+    )
+    app.router.redirect_slashes = False  # an unknown address is a 404, not a redirect
+    return app
+
+
+def _middleware(settings: RouterSettings) -> list[Middleware]:
+    """From the outside in."""
+    layers = [
+        Middleware(RequestIds),
+        Middleware(LastResort),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allow_origin or ("*",),
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-type", REQUEST_ID),
+            allow_credentials=False,  # any page a user opens may call; it must not borrow cookies
+            expose_headers=(REQUEST_ID, "retry-after"),
+        ),
+    ]
+    if settings.api_key:
+        layers.append(Middleware(ApiKey, key=settings.api_key))
+    return [*layers, Middleware(BodyLimit, max_bytes=settings.payload_limit)]
+
+
+async def _on_router_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RouterError)  # registered for nothing else
+    return error_reply(error, _path(request))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals, in our shape."""
+    assert isinstance(error, HTTPException)  # registered for nothing else
+    ours: RouterError
+    if error.status_code == 404:
+        ours = NotFound("There is nothing at this address.")
+    elif error.status_code == 405:
+        ours = MethodNotAllowed("This address does not take that method.")
+    else:
+        ours = InternalError()
+    reply = error_reply(ours, _path(request))
+    reply.headers.update(error.headers or {})
+    return reply
+
+
+def _path(request: Request) -> str:
+    """The path as it was routed; `request.url` would let the Host header have a say."""
+    return str(request.scope["path"])

@@ -1,0 +1,104 @@
+"""The native API's prompt string, taken apart into text and pictures.
+
+Three spellings of a picture are read: `<image>DATA</image>`, markdown's `![alt](ADDRESS)`, and a
+bare `<image>` that stands for a picture sent beside the text. What each address holds is not
+looked at here.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+IMAGE_TOKEN = "<image>"
+"""How users write the place of a picture, whatever the model's own token is called."""
+
+# Possessive quantifiers and character classes that end at the next opening bracket: each character
+# is looked at a bounded number of times, so 20 MB of "![![" cost no more than 20 MB of text.
+_PICTURE = re.compile(
+    r"<image>([^<]*+)</image>"
+    r"|!\[([^\[\]]*+)\]\(([^()]*+(?:\([^()]*+\)[^()]*+)*+)\)"
+)
+_SCHEME = re.compile(r"\s*+[A-Za-z][A-Za-z0-9+.-]*+:")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Words of the prompt."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A picture written into the prompt."""
+
+    source: str = field(repr=False)  # data URI, base64, or an address to be refused
+
+
+@dataclass(frozen=True, slots=True)
+class SeparateImage:
+    """A picture sent beside the prompt."""
+
+    index: int  # among those
+
+
+Part = TextPart | ImagePart
+PlacedPart = TextPart | ImagePart | SeparateImage
+
+
+def parse_inputs(inputs: str) -> list[Part]:
+    """Split a prompt at the pictures written into it; takes time linear in its length.
+
+    `<image>...</image>` always holds a picture. `![](...)` does too, as in
+    text-generation-inference; with alternative text it does only if the address has a scheme, so
+    that a prompt may speak about `![logo](logo.png)`.
+
+    Returns:
+        The parts in order; neighbouring text parts joined, empty ones left out.
+    """
+    parts: list[Part] = []
+    end = 0
+    for match in _PICTURE.finditer(inputs):
+        source = match[1] if match[1] is not None else match[3]
+        if match[2] and not _SCHEME.match(source):
+            continue
+        if match.start() > end:
+            parts.append(TextPart(inputs[end : match.start()]))
+        parts.append(ImagePart(source))
+        end = match.end()
+    if end < len(inputs):
+        parts.append(TextPart(inputs[end:]))
+    return parts
+
+
+def place_separate_images(parts: Sequence[Part], num_images: int) -> list[PlacedPart]:
+    """Decide where pictures sent beside the prompt belong.
+
+    If the text holds exactly `num_images` literal `<image>`, those are their places, in order.
+    Otherwise the pictures come first and every literal `<image>` stays what it is, text: the
+    tokenizer never reads it as a picture.
+
+    Args:
+        parts: from `parse_inputs`; pictures written into the prompt keep their places.
+        num_images: pictures sent beside the prompt, 0 or more.
+    """
+    literals = sum(part.text.count(IMAGE_TOKEN) for part in parts if isinstance(part, TextPart))
+    if literals != num_images:
+        return [*(SeparateImage(index) for index in range(num_images)), *parts]
+    return list(_at_literals(parts))
+
+
+def _at_literals(parts: Sequence[Part]) -> Iterator[PlacedPart]:
+    index = 0
+    for part in parts:
+        if isinstance(part, ImagePart):
+            yield part
+            continue
+        first, *others = part.text.split(IMAGE_TOKEN)
+        if first:
+            yield TextPart(first)
+        for text in others:
+            yield SeparateImage(index)
+            index += 1
+            if text:
+                yield TextPart(text)

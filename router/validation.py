@@ -1,0 +1,199 @@
+"""From a parsed body to `Request`s: the last place where a client is told that it asked wrongly."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tessera.router import rules
+from tessera.router.errors import ValidationError
+from tessera.router.generation import Generator, ServingLimits
+from tessera.router.model_files import ModelFiles
+from tessera.router.prompt_builder import (
+    BuiltPrompt,
+    ChatPrompt,
+    IdsPrompt,
+    PromptBuilder,
+    PromptSource,
+    TextPrompt,
+    TokenSpan,
+)
+from tessera.router.request import Request, StoppingParams
+from tessera.router.rules import Wishes
+from tessera.router.schemas import ChatBody, CompletionBody, GenerateBody
+from tessera.router.settings import RouterSettings
+from tessera.router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be generated, checked as far as that needs no tokenising."""
+
+    prompts: Sequence[PromptSource]
+    wishes: Wishes
+    truncate: int | None = None  # keep only so many tokens, the last ones
+    prompt_logprobs: bool = False
+    include_stop_text: bool
+
+    @property
+    def count(self) -> int:
+        """Generations this plan leads to."""
+        return len(self.prompts) * self.wishes.copies
+
+
+class Validator:
+    """Checks bodies and builds requests.
+
+    `plan_*` check what costs nothing; `build` does the work, in threads, once the caller has been
+    let in.
+    """
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        files: ModelFiles,
+    ) -> None:
+        """`generator` is asked for its limits per request: they are known after the warm-up."""
+        self._settings = settings
+        self._generator = generator
+        self._vocab_size = files.vocab_size
+        self._prompts = PromptBuilder(settings, tokenizer, files)
+
+    def close(self) -> None:
+        """Stop the threads; work that has not begun is dropped."""
+        self._prompts.close()
+
+    def plan_native(self, body: GenerateBody, *, streaming: bool) -> Plan:
+        """Check a body of the native API.
+
+        Raises:
+            ValidationError: the first rule it breaks.
+        """
+        options = body.options
+        wishes = rules.native_wishes(options)
+        rules.check_native(options, wishes, streaming=streaming)
+        rules.check(wishes, self._settings, top_p_may_be_one=False)
+        if not body.inputs:
+            raise ValidationError("`inputs` cannot be empty", "inputs")
+        self._check_truncate(options.truncate)
+        return Plan(
+            prompts=[TextPrompt(body.inputs)],
+            wishes=wishes,
+            truncate=options.truncate,
+            prompt_logprobs=bool(options.decoder_input_details),
+            include_stop_text=True,
+        )
+
+    def plan_chat(self, body: ChatBody) -> Plan:
+        """Check a chat. Raises as `plan_native` does."""
+        wishes = rules.chat_wishes(body)
+        rules.check_chat(body)
+        rules.check(wishes, self._settings, top_p_may_be_one=True)
+        return Plan(prompts=[ChatPrompt(body.messages)], wishes=wishes, include_stop_text=False)
+
+    def plan_completion(self, body: CompletionBody) -> Plan:
+        """Check a plain completion. Raises as `plan_native` does."""
+        wishes = rules.completion_wishes(body)
+        rules.check_completion(body, self._settings)
+        rules.check(wishes, self._settings, top_p_may_be_one=True)
+        prompts = [_completion_prompt(prompt) for prompt in body.prompts]
+        return Plan(prompts=prompts, wishes=wishes, include_stop_text=False)
+
+    async def build(self, plan: Plan, arrived: float) -> list[Request]:
+        """The requests of a plan: for each prompt, all its copies.
+
+        Args:
+            plan: from one of the `plan_*`.
+            arrived: `time.perf_counter()` when the client's request came in.
+
+        Raises:
+            ValidationError: a prompt cannot be read, or is too long.
+            NotReadyError: the limits are not known yet.
+        """
+        limits = self._generator.limits
+        requests: list[Request] = []
+        for source in plan.prompts:
+            prompt = await self._prompts.build(source, limits.max_input_tokens, plan.truncate)
+            stopping = self._stopping(plan, prompt, limits)
+            validation_s = time.perf_counter() - arrived
+            requests += [
+                Request(
+                    prompt_ids=prompt.ids,
+                    images=prompt.images,
+                    sampling=rules.sampling_params(
+                        plan.wishes,
+                        self._vocab_size,
+                        copy=copy,
+                        prompt_logprobs=plan.prompt_logprobs,
+                    ),
+                    stopping=stopping,
+                    prompt_text=prompt.text,
+                    validation_s=validation_s,
+                )
+                for copy in range(plan.wishes.copies)
+            ]
+        return requests
+
+    async def tokenize(self, inputs: str) -> list[TokenSpan]:
+        """The tokens of a prompt.
+
+        Raises:
+            ValidationError: it is empty, cannot be read, or is too long.
+        """
+        if not inputs:
+            raise ValidationError("`inputs` cannot be empty", "inputs")
+        return await self._prompts.tokenize(inputs, self._generator.limits.max_input_tokens)
+
+    def _check_truncate(self, truncate: int | None) -> None:
+        maximum = self._generator.limits.max_input_tokens
+        if truncate is not None and not 0 < truncate <= maximum:
+            raise ValidationError(
+                f"`truncate` must be strictly positive and less than {maximum}. Given: {truncate}",
+                "truncate",
+            )
+
+    def _stopping(self, plan: Plan, prompt: BuiltPrompt, limits: ServingLimits) -> StoppingParams:
+        num_tokens = len(prompt.ids)
+        _check_length(plan.wishes, prompt, limits)
+        room = limits.max_total_tokens - num_tokens
+        asked = plan.wishes.max_new_tokens
+        return StoppingParams(
+            max_new_tokens=room if asked is None else asked,
+            stop_sequences=plan.wishes.stop,
+            include_stop_text=plan.include_stop_text,
+        )
+
+
+def _completion_prompt(prompt: str | list[int]) -> PromptSource:
+    if not prompt:
+        raise ValidationError("`prompt` cannot be empty", "prompt")
+    return TextPrompt(prompt) if isinstance(prompt, str) else IdsPrompt(tuple(prompt))
+
+
+def _check_length(wishes: Wishes, prompt: BuiltPrompt, limits: ServingLimits) -> None:
+    num_tokens = len(prompt.ids)
+    parts = _token_parts(prompt)
+    asked = wishes.max_new_tokens
+    if asked is not None and num_tokens + asked > limits.max_total_tokens:
+        name = wishes.name("max_new_tokens")
+        raise ValidationError(
+            f"`inputs` tokens + `{name}` must be <= {limits.max_total_tokens}. Given: "
+            f"{num_tokens} `inputs` tokens{parts} and {asked} `{name}`. Lower `{name}`, shorten "
+            "the prompt, or raise MAX_TOTAL_TOKENS.",
+            name,
+        )
+    if num_tokens > limits.max_input_tokens:
+        raise ValidationError(
+            f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_tokens}"
+            f"{parts}. Shorten the text, send fewer or smaller pictures, or raise MAX_INPUT_TOKENS."
+        )
+
+
+def _token_parts(prompt: BuiltPrompt) -> str:
+    """How many of the tokens are pictures, where there are any."""
+    image_tokens = sum(placed.image.num_tokens for placed in prompt.images)
+    if not image_tokens:
+        return ""
+    text_tokens = len(prompt.ids) - image_tokens
+    return f" ({text_tokens} text tokens and {image_tokens} image tokens)"

@@ -1,0 +1,279 @@
+// Attention of one tile of query rows over the keys of one segment of a paged cache.
+//
+// Keys are taken KEYS at a time: packed for the matrix product, multiplied with the queries,
+// turned into weights of the softmax so far, multiplied with the packed values.
+#pragma once
+
+#include "matmul.h"
+
+namespace tessera {
+namespace {
+
+constexpr int64_t KEYS = 64;
+static_assert(SEGMENT % KEYS == 0);
+constexpr float LOWEST = -3.402823466e38f;  // a maximum below every score
+
+// What T is multiplied as.
+template <typename T>
+struct CellOf {
+  using Cell = FloatCell;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct CellOf<bf16> {
+  using Cell = PairCell;
+};
+#endif
+
+// LANES cells of a row of T, from cell `at` on.
+inline Floats load_cells(const float* row, int64_t at, int64_t count, FloatCell) {
+  return Span{at, count}.load(row);
+}
+inline Floats load_cells(const bf16* row, int64_t at, int64_t count, FloatCell) {
+  return Span{at, count}.load(row);
+}
+#if defined(__AVX512BF16__)
+inline Floats load_cells(const bf16* row, int64_t at, int64_t count, PairCell) {
+  if (count == LANES) return load_raw<Floats>(row + 2 * at);
+  Floats some = {};
+  std::memcpy(&some, row + 2 * at, count * sizeof(uint32_t));
+  return some;
+}
+#endif
+
+template <typename T>
+class Tile {
+  using Cell = typename CellOf<T>::Cell;
+  using Type = typename Cell::Type;
+  static constexpr int64_t VALUES = Cell::VALUES;
+  static_assert(sizeof(Type) == sizeof(float));
+
+ public:
+  Tile(const AttendArgs<T>& args, const AttendTile& tile, const Partial& to, float* scratch)
+      : args(args), tile(tile), to(to), depth(args.head_size / VALUES),
+        width(padded(args.head_size)) {
+    q = reinterpret_cast<Type*>(scratch);  // [rows, depth]
+    k = q + padded(tile.rows() * depth);   // [depth, KEYS]
+    v = k + depth * KEYS;                  // [KEYS / VALUES, width]
+    p = v + KEYS / VALUES * width;         // [rows, KEYS / VALUES]
+    scores = reinterpret_cast<float*>(p + tile.rows() * KEYS / VALUES);  // [rows, KEYS]
+  }
+
+  static int64_t scratch_floats(int64_t rows, int64_t head_size) {
+    return padded(rows * head_size) + KEYS * (head_size + padded(head_size)) + 2 * rows * KEYS;
+  }
+
+  void attend(int64_t first_key, int64_t last_key) {
+    clear();
+    pack_queries();
+    for (int64_t start = first_key / KEYS * KEYS; start < last_key; start += KEYS) {
+      origin = start;
+      first = first_key > start ? first_key - start : 0;
+      last = last_key - start < KEYS ? last_key - start : KEYS;
+      next_last = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
+      int64_t columns = (last + LANES - 1) / LANES * LANES;
+      pack_keys(columns);
+      multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns);
+      for (int64_t row = 0; row < tile.rows(); row++) weigh(row, columns);
+      pack_values();
+      int64_t cells = (last + VALUES - 1) / VALUES;
+      multiply<Cell>({p, KEYS / VALUES, v, width, to.sums, width, cells, true}, tile.rows(), width);
+    }
+  }
+
+  void finish() {
+    for (int64_t row = 0; row < tile.rows(); row++) {
+      float total = sum_weights(row);
+      T* out = args.out_TNH + offset_of_row(row);
+      for_each_span(args.head_size, [&](Span span) {
+        span.store(out, span.load(to.sums + row * width) / total);
+      });
+    }
+  }
+
+ private:
+  const AttendArgs<T>& args;
+  const AttendTile& tile;
+  const Partial& to;
+  int64_t depth;  // cells of a head
+  int64_t width;  // padded head size
+  Type *q, *k, *v, *p;
+  float* scores;
+  int64_t origin = 0;             // position of the first of these KEYS
+  int64_t first = 0, last = 0;    // of them are taken; counted from origin
+  int64_t next_last = 0;          // the same for the next KEYS
+
+  int64_t token_of_row(int64_t row) const { return (tile.first_row + row) / args.group; }
+
+  int64_t offset_of_row(int64_t row) const {
+    int64_t head = tile.kv_head * args.group + (tile.first_row + row) % args.group;
+    int64_t heads = args.num_kv_heads * args.group;
+    return ((tile.first_token + token_of_row(row)) * heads + head) * args.head_size;
+  }
+
+  // Where the key and the value of a position lie in their pools.
+  int64_t offset_of_key(int64_t position) const {
+    int64_t block = args.block_tables_SM[tile.sequence * args.table_stride +
+                                         position / args.block_size];
+    return ((block * args.num_kv_heads + tile.kv_head) * args.block_size +
+            position % args.block_size) * args.head_size;
+  }
+
+  void prefetch(const T* pool, int64_t key) const {
+    if (key >= KEYS + next_last) return;
+    auto* row = reinterpret_cast<const char*>(pool + offset_of_key(origin + key));
+    for (int64_t at = 0; at < args.head_size * int64_t{sizeof(T)}; at += 64) {
+      __builtin_prefetch(row + at);
+    }
+  }
+
+  void clear() {
+    for (int64_t i = 0; i < tile.rows() * width; i += LANES) store(to.sums + i, Floats{});
+    for (int64_t i = 0; i < tile.rows() * PADDING; i += LANES) store(to.weights + i, Floats{});
+    for (int64_t i = 0; i < tile.rows(); i++) to.max[i] = LOWEST;
+  }
+
+  void pack_queries() {
+    for (int64_t row = 0; row < tile.rows(); row++) {
+      const T* from = args.q_TNH + offset_of_row(row);
+      for_each_span(depth, [&](Span span) {
+        Floats cells = load_cells(from, span.at, span.count, Cell{});
+        std::memcpy(q + row * depth + span.at, &cells, span.count * sizeof(Type));
+      });
+    }
+  }
+
+  // k: cells down, keys across. Columns of keys that are not taken hold anything.
+  void pack_keys(int64_t columns) {
+    for (int64_t column = 0; column < columns; column += LANES) {
+      const T* keys[LANES];
+      for (int i = 0; i < LANES; i++) {
+        int64_t key = column + i < first ? first : column + i < last ? column + i : last - 1;
+        keys[i] = args.k_BKPH + offset_of_key(origin + key);
+        prefetch(args.k_BKPH, KEYS + column + i);
+      }
+      for_each_span(depth, [&](Span span) {
+        Floats cells[LANES];
+        for (int i = 0; i < LANES; i++) cells[i] = load_cells(keys[i], span.at, span.count, Cell{});
+        transpose(cells);
+        for (int i = 0; i < span.count; i++) {
+          std::memcpy(k + (span.at + i) * KEYS + column, &cells[i], sizeof(Floats));
+        }
+      });
+    }
+  }
+
+  // v: keys down, channels across; 0 for keys that are not taken, whatever their memory holds.
+  void pack_values() {
+    for (int64_t key = 0; key < last; key += VALUES) {
+      const T* rows[VALUES];
+      for (int i = 0; i < VALUES; i++) {
+        bool taken = first <= key + i && key + i < last;
+        rows[i] = taken ? args.v_BKPH + offset_of_key(origin + key + i) : nullptr;
+        prefetch(args.v_BKPH, KEYS + key + i);
+      }
+      Type* to_row = v + key / VALUES * width;
+      for (int64_t at = 0; at < width; at += LANES) {
+        int64_t count = args.head_size - at < LANES ? args.head_size - at : LANES;
+        Floats packed = pack_span(rows, Span{at, count < 0 ? 0 : count}, Cell{});
+        std::memcpy(to_row + at, &packed, sizeof(packed));
+      }
+    }
+  }
+
+  static Floats pack_span(const T* const (&rows)[1], Span span, FloatCell) {
+    return rows[0] ? span.load(rows[0]) : Floats{};
+  }
+#if defined(__AVX512BF16__)
+  static Floats pack_span(const T* const (&rows)[2], Span span, PairCell) {
+    Words even = rows[0] ? bits<Words>(span.load(rows[0])) >> 16 : Words{};
+    Words odd = rows[1] ? bits<Words>(span.load(rows[1])) : Words{};
+    return bits<Floats>(even | odd);
+  }
+#endif
+
+  // Scores of a row become weights in p; sums so far are scaled to the new maximum.
+  void weigh(int64_t row, int64_t columns) {
+    int64_t position = tile.first_position + token_of_row(row);
+    int64_t end = position + 1 - origin;  // keys after `position` are hidden
+    int64_t begin = args.window ? end - args.window : 0;
+    begin = begin > first ? begin : first;
+    end = end < last ? end : last;
+    float* row_scores = scores + row * KEYS;
+    Floats top = all(to.max[row]);
+    for (int64_t at = 0; at < columns; at += LANES) {
+      Floats x = load(row_scores + at) * args.scale;
+      if (at < begin || at + LANES > end) x = hide(x, begin - at, end - at);
+      store(row_scores + at, x);
+      top = larger(top, x);
+    }
+    float new_max = max(top);
+    if (new_max > to.max[row]) rescale(row, new_max);
+    Floats weights = load(to.weights + row * PADDING);
+    for (int64_t at = 0; at < columns; at += LANES) {
+      Floats x = exp2(load(row_scores + at) - to.max[row]);
+      weights += x;
+      store_weights(p, row * KEYS + at, x);
+    }
+    store(to.weights + row * PADDING, weights);
+  }
+
+  static Floats hide(Floats x, int64_t begin, int64_t end) {
+    Ints lanes = lane_numbers();
+    Ints low = Ints{} + static_cast<int32_t>(begin < 0 ? 0 : begin > LANES ? LANES : begin);
+    Ints high = Ints{} + static_cast<int32_t>(end < 0 ? 0 : end > LANES ? LANES : end);
+    return (lanes >= low) & (lanes < high) ? x : all(-__builtin_inff());
+  }
+
+  static void store_weights(float* p, int64_t at, Floats x) { store(p + at, x); }
+  static void store_weights(uint32_t* p, int64_t at, Floats x) {
+    store(reinterpret_cast<bf16*>(p) + at, x);
+  }
+
+  void rescale(int64_t row, float new_max) {
+    Floats factor = exp2(all(to.max[row] - new_max));
+    to.max[row] = new_max;
+    float* weights = to.weights + row * PADDING;
+    store(weights, load(weights) * factor);
+    for (int64_t at = 0; at < width; at += LANES) {
+      float* sums = to.sums + row * width + at;
+      store(sums, load(sums) * factor);
+    }
+  }
+
+  float sum_weights(int64_t row) const { return sum(load(to.weights + row * PADDING)); }
+};
+
+template <typename T>
+void attend_segment(const AttendArgs<T>& args, const AttendTile& tile, int64_t first_key,
+                    int64_t last_key, const Partial& to, float* scratch) {
+  Tile<T>(args, tile, to, scratch).attend(first_key, last_key);
+}
+
+template <typename T>
+void finish(const AttendArgs<T>& args, const AttendTile& tile, const Partial& from) {
+  Tile<T>(args, tile, from, nullptr).finish();
+}
+
+int64_t scratch_floats(int64_t rows, int64_t head_size) {
+  return Tile<float>::scratch_floats(rows, head_size);  // pairs take half as much
+}
+
+void merge(const Partial& to, const Partial& from, int64_t rows, int64_t head_size) {
+  int64_t width = padded(head_size);
+  for (int64_t row = 0; row < rows; row++) {
+    float top = to.max[row] < from.max[row] ? from.max[row] : to.max[row];
+    Floats keep = exp2(all(to.max[row] - top)), take = exp2(all(from.max[row] - top));
+    auto add = [&](float* sum, const float* more) {
+      store(sum, load(sum) * keep + load(more) * take);
+    };
+    to.max[row] = top;
+    add(to.weights + row * PADDING, from.weights + row * PADDING);
+    for (int64_t at = row * width; at < (row + 1) * width; at += LANES) {
+      add(to.sums + at, from.sums + at);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tessera

@@ -1,0 +1,94 @@
+// The seam between the drivers (compiled once, with torch) and the kernels (compiled once per
+// instruction set). Kernels call no library function: an inline function compiled for AVX-512
+// might be the copy that the linker keeps for everybody, also for processors without it.
+#pragma once
+
+#include <cstdint>
+
+namespace tessera {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// Attention of one step, as the kernels see it. Shape letters: shard/backends/base.py.
+template <typename T>
+struct AttendArgs {
+  const T* q_TNH;
+  const T* k_BKPH;
+  const T* v_BKPH;
+  T* out_TNH;
+  const int32_t* block_tables_SM;
+  int64_t table_stride;
+  int64_t num_kv_heads;
+  int64_t group;  // query heads per key/value head
+  int64_t block_size;
+  int64_t head_size;
+  int64_t window;  // positions a token sees, itself included; 0: all
+  float scale;     // of the scores, for exponentials of base 2
+};
+
+// Rows that share the keys and values of one head of one sequence. Row r is the query head
+// r % group of token first_token + r / group, which has position first_position + r / group.
+struct AttendTile {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t first_token;  // of the sequence, in q_TNH
+  int64_t first_position;
+  int64_t first_row;
+  int64_t last_row;
+
+  int64_t rows() const { return last_row - first_row; }
+};
+
+constexpr int64_t MAX_ROWS = 64;  // of a tile
+constexpr int64_t PADDING = 16;   // floats of the widest vector: rows of sums are multiples of it
+// Keys are summed up in segments that start at multiples of SEGMENT, then segment after segment.
+// So a token's result has the same bits in whatever chunk, batch or thread it is computed.
+constexpr int64_t SEGMENT = 512;
+
+constexpr int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
+
+// The softmax over some of the keys, not yet divided (arXiv 2205.14135, "online softmax").
+struct Partial {
+  float* sums;     // [rows, padded head size]: sum of 2^(score - max) * value
+  float* weights;  // [rows, PADDING]: sum of 2^(score - max), in lanes
+  float* max;      // [rows]
+
+  static constexpr int64_t floats(int64_t rows, int64_t head_size) {
+    return rows * (padded(head_size) + PADDING) + padded(rows);
+  }
+  static Partial at(float* memory, int64_t rows, int64_t head_size) {
+    float* weights = memory + rows * padded(head_size);
+    return {memory, weights, weights + rows * PADDING};
+  }
+};
+
+template <typename T>
+struct TypedKernels {
+  // One tile over the keys [first_key, last_key) of one segment into `to`, overwriting it.
+  void (*attend_segment)(const AttendArgs<T>&, const AttendTile&, int64_t first_key,
+                         int64_t last_key, const Partial& to, float* scratch);
+  // Divides the sums and writes the tile's rows of out_TNH.
+  void (*finish)(const AttendArgs<T>&, const AttendTile&, const Partial& from);
+  // One token. `residual` may be null; else it becomes x + residual.
+  void (*add_rms_norm)(const T* x, T* residual, const T* weight, T* out, int64_t width, float eps);
+  void (*silu_mul)(const T* gate_up, T* out, int64_t width);
+  void (*rotate)(const T* in, const float* cos_sin, T* out, int64_t head_size);
+};
+
+struct Kernels {
+  int64_t (*scratch_floats)(int64_t rows, int64_t head_size);  // for attend_segment
+  // Adds `from` to `to`: the softmax over the keys of both.
+  void (*merge)(const Partial& to, const Partial& from, int64_t rows, int64_t head_size);
+  TypedKernels<float> of_float;
+  TypedKernels<bf16> of_bf16;
+};
+
+// One per instruction set that build.py compiles kernels.cpp for.
+const Kernels* kernels_portable();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+}  // namespace tessera

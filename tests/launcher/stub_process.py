@@ -1,0 +1,101 @@
+"""Stands in for a shard or the router: speaks the launcher's protocol and misbehaves on demand.
+
+The environment variable STUB maps process names to lists of modes, as JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tessera.proto.env import read_settings
+from tessera.proto.lifeline import die_with_parent
+from tessera.router.settings import RouterSettings
+from tessera.shard.settings import ShardSettings
+
+PATIENCE_S = 60.0
+
+
+def main(name: str) -> None:
+    die_with_parent()
+    modes = json.loads(os.environ.get("STUB", "{}")).get(name, [])
+
+    def stop(*_: object) -> None:
+        note(name, "was asked to stop")
+        if "stubborn" not in modes:
+            sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    note(name, "started")
+    if "grandchild" in modes:
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({PATIENCE_S})"])
+    if "spam" in modes:
+        for _ in range(200):
+            print("x" * 10_000)
+            print("y" * 10_000, file=sys.stderr)
+    if "log" in modes:
+        print(json.dumps({"level": "ERROR", "message": "it is warm", "target": "stub"}))
+    if "crash" in modes:
+        print("Error: the weights are damaged", file=sys.stderr)
+        sys.exit(3)
+    if "killed" in modes:
+        print("about to be killed", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    (serve_http if name == "router" else serve_shard)(modes)
+
+
+def note(name: str, text: str) -> None:
+    """Append a line with our process id to the test's diary."""
+    if path := os.environ.get("DIARY"):
+        with Path(path).open("a") as diary:
+            diary.write(f"{name} {os.getpid()} {text}\n")
+
+
+def serve_shard(modes: list[str]) -> None:
+    if "late" in modes:
+        time.sleep(PATIENCE_S)
+    with socket.socket(socket.AF_UNIX) as listener:
+        settings = read_settings(ShardSettings, os.environ)
+        listener.bind(f"{settings.shard_uds_path}-{settings.rank}")
+        listener.listen()
+        doze(modes)
+
+
+def serve_http(modes: list[str]) -> None:
+    settings = read_settings(RouterSettings, os.environ)
+    assert settings.http_socket_fd is not None and settings.ready_fd is not None
+    prefix, count = settings.shard_uds_path, settings.num_shard or 1
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(Path(f"{prefix}-{rank}").exists() for rank in range(count)):
+        if time.monotonic() > deadline:
+            sys.exit(4)
+        time.sleep(0.01)
+    listener = socket.socket(fileno=settings.http_socket_fd)
+    if "unready" not in modes:
+        with os.fdopen(settings.ready_fd, "w") as report:
+            report.write("ready\n")
+    if "deaf" in modes:
+        doze(modes)
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            if connection.recv(4096).startswith(b"GET /crash"):
+                print("Error: the router has had enough", file=sys.stderr)
+                sys.exit(7)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nserved")
+
+
+def doze(modes: list[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        if "chatty" in modes:
+            print("still here")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,174 @@
+"""Steps on the wire: what is sent, and what happens when a rank does not answer as it should."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import pytest
+
+from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.router.request import (
+    PlacedImage,
+    PreparedImage,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
+from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
+from tessera.router.sequence import Sequence
+from tessera.router.shards import ShardGroup, ShardsLost, WarmupFailed, step_message
+
+T = TypeVar("T")
+IMAGE = PreparedImage(bytes(16), 10, 20, 1, b"\1" * 48, num_tokens=6)
+
+
+def make_sequence(**sampling: float) -> Sequence:
+    request = Request(
+        tuple(range(100, 120)),
+        (PlacedImage(IMAGE, offset=5),),
+        SamplingParams(**sampling),  # type: ignore[arg-type]
+        StoppingParams(4),
+    )
+    return Sequence(3, request)
+
+
+def chunk(first: int, last: int, *, is_start: bool = False) -> shard_pb2.Chunk:
+    plan = StepPlan(chunks=[ChunkPlan(make_sequence(), first, last, (1, 2), is_start, last == 20)])
+    return step_message(plan, 0).chunks[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "span"),
+    [
+        (0, 20, (5, 0, 6)),
+        (0, 5, None),
+        (0, 6, (5, 0, 1)),
+        (7, 9, (0, 2, 2)),
+        (8, 20, (0, 3, 3)),
+        (11, 20, None),
+    ],
+)
+def test_a_chunk_names_the_part_of_a_picture_it_covers(
+    first: int, last: int, span: tuple[int, int, int] | None
+) -> None:
+    message = chunk(first, last)
+    got = [(s.offset, s.first_feature, s.length) for s in message.images]
+    assert got == ([span] if span else [])
+    assert list(message.token_ids) == list(range(100 + first, 100 + last))
+
+
+def test_sampling_is_sent_with_the_first_chunk_only_and_neutral_values_not_at_all() -> None:
+    first, later = chunk(0, 8, is_start=True), chunk(8, 20)
+    assert first.HasField("sampling") and first.num_prompt_tokens == 20
+    assert not later.HasField("sampling")
+    assert not first.sampling.HasField("top_p")
+    sequence = make_sequence(temperature=0.5, top_p=0.9, repetition_penalty=1.2)
+    plan = StepPlan(chunks=[ChunkPlan(sequence, 0, 4, (), True, False)])
+    sampling = step_message(plan, 0).chunks[0].sampling
+    assert sampling.top_p == pytest.approx(0.9)
+    assert sampling.repetition_penalty == pytest.approx(1.2)
+
+
+def test_pictures_and_releases_are_sent() -> None:
+    plan = StepPlan(images=[IMAGE], released_sequence_ids=[4], released_images=[b"x" * 16])
+    message = step_message(plan, 9)
+    assert message.step_id == 9
+    assert (message.images[0].height, message.images[0].width) == (10, 20)
+    assert message.images[0].tiles == IMAGE.tiles
+    assert list(message.released_sequence_ids) == [4]
+    assert list(message.released_images) == [b"x" * 16]
+
+
+class FakeRank(shard_pb2_grpc.ShardServicer):
+    """Answers decode rows with their token plus its own rank."""
+
+    def __init__(self, rank: int, fault: str = "") -> None:
+        self.rank = rank
+        self.fault = fault
+
+    async def Info(self, request: object, context: object) -> shard_pb2.InfoReply:  # noqa: N802
+        return shard_pb2.InfoReply(rank=self.rank, world_size=2, block_size=16, model_type="llama")
+
+    async def Warmup(  # noqa: N802
+        self, request: object, context: grpc.aio.ServicerContext
+    ) -> shard_pb2.WarmupReply:
+        if self.fault == "memory":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "lower MAX_TOTAL_TOKENS")
+        return shard_pb2.WarmupReply(num_blocks=100 - self.rank)
+
+    async def Steps(  # noqa: N802
+        self, request_iterator: AsyncIterator[shard_pb2.Step], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[shard_pb2.StepReply]:
+        async for step in request_iterator:
+            if self.fault == "dies":
+                await context.abort(grpc.StatusCode.INTERNAL, "a step failed")
+            if self.fault == "ends":
+                return
+            reply = shard_pb2.StepReply(step_id=step.step_id + (self.fault == "skips"))
+            for row in step.decodes:
+                reply.tokens.add(sequence_id=row.sequence_id, token_id=row.token_id + self.rank)
+            yield reply
+
+
+def with_ranks(
+    folder: Path, faults: tuple[str, str], use: Callable[[ShardGroup], Awaitable[T]]
+) -> T:
+    async def go() -> T:
+        servers, targets = [], []
+        for rank, fault in enumerate(faults):
+            server = grpc.aio.server()
+            shard_pb2_grpc.add_ShardServicer_to_server(FakeRank(rank, fault), server)
+            targets.append(f"unix:{folder}/shard-{rank}")
+            server.add_insecure_port(targets[-1])
+            servers.append(server)
+        group = ShardGroup(targets)
+        try:
+            # The first one comes up late: connecting waits for it.
+            await servers[1].start()
+            asyncio.get_running_loop().call_later(
+                0.3, lambda: asyncio.ensure_future(servers[0].start())
+            )
+            info = await asyncio.wait_for(group.connect(0.05), 20)
+            assert (info.model_type, info.world_size) == ("llama", 2)
+            return await use(group)
+        finally:
+            await group.close()
+            for server in servers:
+                await server.stop(grace=0)
+
+    return asyncio.run(go())
+
+
+async def warm_up(group: ShardGroup) -> int:
+    return await group.warm_up(shard_pb2.WarmupRequest())
+
+
+async def two_steps(group: ShardGroup) -> list[int]:
+    await warm_up(group)
+    tokens = []
+    for token in (7, 8):
+        row = DecodePlan(make_sequence(), token, 21, ())
+        reply = await group.run(StepPlan(decodes=[row]))
+        tokens += [sampled.token_id for sampled in reply.tokens]
+    return tokens
+
+
+def test_the_answer_is_rank_0s(tmp_path: Path) -> None:
+    assert with_ranks(tmp_path, ("", ""), two_steps) == [7, 8]
+
+
+def test_the_pool_is_the_smallest_of_all_ranks(tmp_path: Path) -> None:
+    assert with_ranks(tmp_path, ("", ""), warm_up) == 99
+
+
+def test_a_warm_up_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
+    with pytest.raises(WarmupFailed, match="lower MAX_TOTAL_TOKENS"):
+        with_ranks(tmp_path, ("", "memory"), warm_up)
+
+
+@pytest.mark.parametrize("fault", ["dies", "ends", "skips"])
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, fault: str) -> None:
+    with pytest.raises(ShardsLost, match="rank 1"):
+        with_ranks(tmp_path, ("", fault), two_steps)
