@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from tessera.launcher.plan import plan_processes
 from tessera.launcher.settings import Settings
 from tessera.proto.env import SettingsError, process_environment, shown
 from tessera.proto.lifeline import die_with_parent
-from tessera.proto.logs import configure_logging, escaped
+from tessera.proto.logs import FLUSH_S, configure_logging, escaped
 
 logger = logging.getLogger(__name__)
+
+STDERR = 2
 
 
 def main(arguments: Sequence[str] | None = None, planner: Planner = plan_processes) -> int:
@@ -56,7 +59,8 @@ def _report(message: str) -> None:
     for handler in logging.getLogger().handlers:
         handler.flush()
     with contextlib.suppress(OSError):
-        os.write(2, f"Error: {escaped(message)}\n".encode(errors="backslashreplace"))
+        if select.select([], [STDERR], [], FLUSH_S)[1]:  # a stuck reader must not hold up the exit
+            os.write(STDERR, f"Error: {escaped(message)}\n".encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What a client sent may end up in a message, so control characters are escaped: a
 prompt cannot forge a log line. A reader that closed the pipe costs the lines, not the process.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -39,10 +40,9 @@ def configure_logging(
             terminal after Ctrl-S) never stops this process. The launcher needs it, because it
             must keep draining its children; a child's reader is the launcher.
     """
-    handler: logging.Handler = _PatientHandler(_unbuffered(stream or sys.stdout))
+    kind = _BackgroundHandler if background else _PatientHandler
+    handler = kind(_unbuffered(stream or sys.stdout))
     handler.setFormatter(JsonFormatter() if json_output else TextFormatter())
-    if background:
-        handler = _BackgroundHandler(handler)
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
@@ -115,13 +115,20 @@ def _unbuffered(stream: TextIO) -> TextIO:
     )
 
 
-class _PatientHandler(logging.StreamHandler[TextIO]):
+class _PatientHandler(logging.Handler):
     """Writes lines; when the reader has closed the pipe, the rest goes nowhere."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
-        """Drop the line; after a closed pipe, drop all."""
-        if isinstance(sys.exc_info()[1], (BrokenPipeError, ValueError)):
-            silence(self.stream)
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        try:
+            self._stream.write(self.format(record) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            silence(self._stream)
 
 
 def silence(stream: TextIO) -> None:
@@ -134,30 +141,31 @@ def silence(stream: TextIO) -> None:
         return
 
 
-class _BackgroundHandler(logging.Handler):
-    """Hands lines to a thread that writes them; a full queue drops lines instead of waiting."""
+class _BackgroundHandler(_PatientHandler):
+    """Hands lines to a thread that writes them; a full queue drops lines instead of waiting.
 
-    def __init__(self, target: logging.Handler) -> None:
-        super().__init__()
-        self._target = target
-        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LINES)
+    The thread writes without the handler's lock: a stuck write must not hold up the exit, where
+    `logging` takes the lock of every handler.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LINES)
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the event."""
-        try:
-            self._lines.put_nowait(record)
-        except queue.Full:
-            return
+        with contextlib.suppress(queue.Full):
+            self._records.put_nowait(record)
 
     def flush(self) -> None:
         """Wait for the lines under way, but not longer than a stuck reader deserves."""
         deadline = time.monotonic() + FLUSH_S
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self._records.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _write(self) -> None:
         while True:  # a daemon thread: ends with the process
-            record = self._lines.get()
-            self._target.handle(record)
-            self._lines.task_done()
+            record = self._records.get()
+            super().emit(record)
+            self._records.task_done()

@@ -15,6 +15,11 @@ T = TypeVar("T")
 KEEP_ALIVE_S = 15.0
 KEEP_ALIVE = b":\n\n"
 DONE = "data: [DONE]\n\n"
+_HEADERS = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would otherwise collect events into larger pieces
+}
 
 
 def to_json(value: Any) -> str:
@@ -66,8 +71,6 @@ class EventStream(Response):
     seconds of silence a comment goes out so that proxies do not take the connection for dead.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncIterator[str],
@@ -75,7 +78,7 @@ class EventStream(Response):
         headers: dict[str, str],
         keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
-        super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(headers=headers | _HEADERS)
         # The base class has announced an empty body.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._events = events

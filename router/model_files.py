@@ -12,7 +12,7 @@ from tessera.proto.image_layout import ImageLayout, ImageLayoutError, layout_fro
 PipelineTag = Literal["image-text-to-text", "text-generation"]
 
 _MAX_POSITIONS = {"llama": 2048, "mistral": 131_072}
-"""What an absent max_position_embeddings means; transformers 5.23, LlamaConfig and MistralConfig."""
+"""What an absent max_position_embeddings means: transformers 5.23, LlamaConfig, MistralConfig."""
 
 _VOCAB_SIZE = 32_000  # what an absent vocab_size means, in both
 _IMAGE_TOKEN_ID = 32_000  # what an absent image_token_index means; LlavaConfig, LlavaNextConfig

@@ -7,7 +7,7 @@ qwen). For them a generation can be decoded one token at a time, exactly. All ot
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -63,7 +63,7 @@ class Pieces:
 
 def _byte_fallback(name: str) -> str | bytes:
     byte = _BYTE.fullmatch(name)
-    return bytes([int(byte[1], 16)]) if byte else name.replace(_SPACE, " ")
+    return bytes([int(byte[1], 16)]) if byte else _plain(name)
 
 
 def _byte_level(name: str) -> str | bytes:
@@ -73,7 +73,7 @@ def _byte_level(name: str) -> str | bytes:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet (`bytes_to_unicode`): printable bytes stand for themselves, others from 256 on."""
+    """GPT-2's alphabet (its `bytes_to_unicode`): printable bytes as they are, others from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -81,10 +81,14 @@ def _byte_of_character() -> dict[str, int]:
     }
 
 
+def _plain(name: str) -> str:
+    return name.replace(_SPACE, " ")
+
+
 _BYTE_OF = _byte_of_character()
-_PIECE_OF = {
+_PIECE_OF: Mapping[PieceKind, Callable[[str], str | bytes]] = {
     PieceKind.BYTE_FALLBACK: _byte_fallback,
     PieceKind.BYTE_FALLBACK_STRIP: _byte_fallback,
     PieceKind.BYTE_LEVEL: _byte_level,
-    PieceKind.OTHER: lambda name: name.replace(_SPACE, " ").replace("##", ""),
+    PieceKind.OTHER: _plain,
 }

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from tessera.router.errors import ValidationError
 from tessera.router.model_files import ModelFiles, ModelFilesError, read_json, token_text
-from tessera.router.pieces import Pieces, PieceKind, piece_kind
+from tessera.router.pieces import PieceKind, Pieces, piece_kind
 from tessera.router.request import PlacedImage, PreparedImage
 
 
@@ -31,6 +31,7 @@ class Tokenizer:
         image_token_id: int | None = None,
         bos_token: str | None = None,
         add_bos_token: bool = False,
+        eos_token: str | None = None,
         eos_ids: Iterable[int] = (),
     ) -> None:
         """Take a parsed tokenizer.json into service.
@@ -42,7 +43,8 @@ class Tokenizer:
             bos_token: the token sequences begin with.
             add_bos_token: whether prompts get it; counts only where `definition` itself has no rule
                 (post-processor) for special tokens.
-            eos_ids: tokens that end a generation.
+            eos_token: the token that ends a generation.
+            eos_ids: more tokens that do.
 
         Raises:
             ModelFilesError: the definition is damaged, or lacks one of these tokens.
@@ -53,7 +55,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._check_image_token()
-        self.eos_ids = frozenset(eos_ids)
+        eos_id = None if eos_token is None else self._backend.token_to_id(eos_token)
+        self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else set())
         self.bos_id = None if bos_token is None else self._backend.token_to_id(bos_token)
         has_rule = definition.get("post_processor") is not None
         self._prepended = () if has_rule or not add_bos_token else _known(bos_token, self.bos_id)
@@ -73,18 +76,15 @@ class Tokenizer:
         """
         files = ModelFiles.read(folder)
         config = _special_tokens(folder, config_path)
-        eos_token = token_text(config.get("eos_token"))
         tokenizer = cls(
             _definition(folder),
             image_token=files.image_token,
             image_token_id=files.image_token_id,
             bos_token=token_text(config.get("bos_token")),
             add_bos_token=bool(config.get("add_bos_token")),
+            eos_token=token_text(config.get("eos_token")),
             eos_ids=files.eos_ids,
         )
-        eos_id = None if eos_token is None else tokenizer.token_id(eos_token)
-        if eos_id is not None:
-            tokenizer.eos_ids |= {eos_id}
         tokenizer.check_vocab_size(files.vocab_size)
         return tokenizer
 
@@ -150,8 +150,8 @@ class Tokenizer:
         for placed in images:
             if placed.offset < first < placed.offset + placed.image.num_tokens:
                 raise ValidationError(
-                    f"`truncate`={max_tokens} would cut a picture of {placed.image.num_tokens} tokens "
-                    "in two; raise it or leave the picture out"
+                    f"`truncate`={max_tokens} would cut a picture of {placed.image.num_tokens} "
+                    "tokens in two; raise it or leave the picture out"
                 )
         shift = first - len(head)
         kept = [p for p in images if p.offset >= first]
@@ -241,8 +241,8 @@ class Tokenizer:
         if found != self.image_token_id:
             has = "no such added token" if found is None else f"it as token {found}"
             raise ModelFilesError(
-                f"config.json says that token {self.image_token_id} ({self.image_token!r}) stands for "
-                f"pictures, but tokenizer.json has {has}; the two belong to different models."
+                f"config.json says that token {self.image_token_id} ({self.image_token!r}) stands "
+                f"for pictures, but tokenizer.json has {has}; the two belong to different models."
             )
 
     def _token_names(self) -> list[str]:
@@ -279,8 +279,8 @@ def _renamed(definition: Mapping[str, Any], token: str | None, name: str) -> Map
 def _known(token: str | None, token_id: int | None) -> tuple[int, ...]:
     if token is None or token_id is None:
         raise ModelFilesError(
-            f"tokenizer_config.json asks for a begin-of-sequence token ({token!r}) that tokenizer.json "
-            "does not have."
+            f"tokenizer_config.json asks for a begin-of-sequence token ({token!r}) that "
+            "tokenizer.json does not have."
         )
     return (token_id,)
 

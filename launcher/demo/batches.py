@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tessera.launcher.demo import pictures
 from tessera.launcher.demo.checkpoint import EOS, IMAGE, PAD
 from tessera.launcher.demo.pictures import Question, Scene
-from tessera.launcher.demo.tiles import IGNORE, Layout, cut, labels, layout
+from tessera.launcher.demo.tiles import IGNORE, cut, labels, layout
+from tessera.proto.image_layout import ImagePlan
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -51,7 +52,7 @@ class TextBatch:
 class Batch:
     """Pictures of one size, and (except for pages) questions about them."""
 
-    plan: Layout
+    plan: ImagePlan
     tiles: NDArray[np.uint8]
     labels: NDArray[np.int16]
     prefix: list[int]

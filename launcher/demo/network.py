@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.launcher.demo.tiles import HEADS, PATCH, SIDE, Layout
+from tessera.launcher.demo.tiles import HEADS, PATCH, SIDE
+from tessera.proto.image_layout import ImagePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,13 +365,14 @@ class Network(nn.Module):
         flat: Tensor = self.vision(tiles.flatten(0, 1))
         return flat[:, 1:].reshape(*tiles.shape[:2], flat.shape[1] - 1, flat.shape[2])
 
-    def image_tokens(self, projected: Tensor, plan: Layout) -> Tensor:
+    def image_tokens(self, projected: Tensor, plan: ImagePlan) -> Tensor:
         """[pictures, tiles, patches, text_hidden] to the image's tokens in LLaVA-NeXT's order."""
         pictures, _, _, width = projected.shape
-        grid = projected[:, 1:].reshape(pictures, plan.rows, plan.columns, SIDE, SIDE, width)
-        grid = grid.transpose(2, 3).reshape(pictures, plan.rows * SIDE, plan.columns * SIDE, width)
-        grid = grid[:, plan.cut_rows : grid.shape[1] - plan.cut_rows]
-        grid = grid[:, :, plan.cut_columns : grid.shape[2] - plan.cut_columns]
+        (rows, columns), (kept_rows, kept_columns) = plan.grid, plan.kept
+        top, left = plan.cut
+        grid = projected[:, 1:].reshape(pictures, rows, columns, SIDE, SIDE, width)
+        grid = grid.transpose(2, 3).reshape(pictures, rows * SIDE, columns * SIDE, width)
+        grid = grid[:, top : top + kept_rows, left : left + kept_columns]
         newline = self.image_newline.to(grid.dtype).expand(pictures, grid.shape[1], 1, -1)
         return torch.cat([projected[:, 0], torch.cat([grid, newline], 2).flatten(1, 2)], 1)
 

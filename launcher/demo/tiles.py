@@ -1,6 +1,5 @@
 """Pictures into tiles (LLaVA-NeXT's "anyres") and per-patch labels, to train the demo model."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from tessera.launcher.demo.pictures import (
     Scene,
     character_centres,
 )
+from tessera.proto.image_layout import AnyResLayout, ImagePlan
 
 TILE = 84  # pixels, side of one tile: what the vision tower sees at once
 PATCH = 14  # pixels, side of one patch: what becomes one image token
@@ -32,85 +32,28 @@ HEADS = {  # name of each per-patch label -> number of classes; class 0 is "none
 SHAPE, COLOR, BACKGROUND, LEFT, RIGHT, CENTRE = range(len(HEADS))
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How pictures of one size are tiled. Lengths in pixels, `rows` and `columns` in tiles."""
-
-    width: int
-    height: int
-    rows: int
-    columns: int
-    resized_width: int
-    resized_height: int
-
-    @property
-    def left(self) -> int:
-        """Width of the black border on the left of the tiled picture."""
-        return (self.columns * TILE - self.resized_width) // 2
-
-    @property
-    def top(self) -> int:
-        """Height of the black border above the tiled picture."""
-        return (self.rows * TILE - self.resized_height) // 2
-
-    @property
-    def cut_rows(self) -> int:
-        """Rows of patches that are cut at the top, and as many at the bottom."""
-        grid_rows, grid_columns = self.rows * SIDE, self.columns * SIDE
-        if self.width * grid_rows <= self.height * grid_columns:
-            return 0
-        return (grid_rows - self.height * grid_columns // self.width) // 2
-
-    @property
-    def cut_columns(self) -> int:
-        """Columns of patches that are cut on the left, and as many on the right."""
-        grid_rows, grid_columns = self.rows * SIDE, self.columns * SIDE
-        if self.width * grid_rows > self.height * grid_columns:
-            return 0
-        return (grid_columns - self.width * grid_rows // self.height) // 2
+def layout(width: int, height: int) -> ImagePlan:
+    """How a picture of this size is tiled."""
+    return AnyResLayout(TILE, PATCH, PINPOINTS).plan(height, width)
 
 
-def layout(width: int, height: int) -> Layout:
-    """The tiling of a picture: the pinpoint that keeps most pixels, then wastes least."""
-
-    def kept_and_waste(pinpoint: tuple[int, int]) -> tuple[int, int]:
-        scale = min(pinpoint[1] / width, pinpoint[0] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - pinpoint[0] * pinpoint[1]
-
-    tall, wide = max(PINPOINTS, key=kept_and_waste)
-    scale_x, scale_y = wide / width, tall / height
-    if scale_x < scale_y:
-        resized_width, resized_height = wide, min(math.ceil(height * scale_x), tall)
-    else:
-        resized_width, resized_height = min(math.ceil(width * scale_y), wide), tall
-    return Layout(width, height, tall // TILE, wide // TILE, resized_width, resized_height)
-
-
-def cut(image: Image.Image, plan: Layout) -> NDArray[np.uint8]:
+def cut(image: Image.Image, plan: ImagePlan) -> NDArray[np.uint8]:
     """The picture's tiles, [1 + rows * columns, 3, TILE, TILE]: the whole, then the grid."""
+    (height, width), (top, left), (rows, columns) = plan.resized, plan.offset, plan.grid
     overview = np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))
-    resized = image.resize((plan.resized_width, plan.resized_height), Image.Resampling.BICUBIC)
-    canvas = np.zeros((plan.rows * TILE, plan.columns * TILE, 3), np.uint8)
-    canvas[
-        plan.top : plan.top + plan.resized_height, plan.left : plan.left + plan.resized_width
-    ] = np.asarray(resized)
-    grid = (
-        canvas.reshape(plan.rows, TILE, plan.columns, TILE, 3)
-        .swapaxes(1, 2)
-        .reshape(-1, TILE, TILE, 3)
-    )
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    canvas = np.zeros((*plan.canvas, 3), np.uint8)
+    canvas[top : top + height, left : left + width] = resized
+    grid = canvas.reshape(rows, TILE, columns, TILE, 3).swapaxes(1, 2).reshape(-1, TILE, TILE, 3)
     return np.ascontiguousarray(np.concatenate([overview[None], grid]).transpose(0, 3, 1, 2))
 
 
-def labels(scene: Scene, plan: Layout) -> NDArray[np.int16]:
+def labels(scene: Scene, plan: ImagePlan) -> NDArray[np.int16]:
     """What each patch shows, [tiles, SIDE * SIDE, len(HEADS)]; `IGNORE` outside the picture."""
+    (height, width), (top, left), (rows, columns) = plan.resized, plan.offset, plan.grid
     overview = _View(SIDE, SIDE, TILE / scene.width, TILE / scene.height, 0, 0)
-    grid = _View(
-        plan.rows * SIDE, plan.columns * SIDE,
-        plan.resized_width / scene.width, plan.resized_height / scene.height, plan.left, plan.top,
-    )  # fmt: skip
-    fine = grid.labels(scene).reshape(plan.rows, SIDE, plan.columns, SIDE, len(HEADS))
+    grid = _View(rows * SIDE, columns * SIDE, width / scene.width, height / scene.height, left, top)
+    fine = grid.labels(scene).reshape(rows, SIDE, columns, SIDE, len(HEADS))
     tiles = fine.swapaxes(1, 2).reshape(-1, SIDE * SIDE, len(HEADS))
     return np.concatenate([overview.labels(scene).reshape(1, SIDE * SIDE, len(HEADS)), tiles])
 

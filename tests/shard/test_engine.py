@@ -36,9 +36,7 @@ class TableModel:
 
     def encode_images(self, images: list[ImageTiles]) -> list[Tensor]:
         # Feature k of a picture looks like the token with the value of the first pixel plus k.
-        return [
-            self.embed(torch.arange(6) + int(image.tiles[0, 0, 0, 0])) for image in images
-        ]
+        return [self.embed(torch.arange(6) + int(image.tiles[0, 0, 0, 0])) for image in images]
 
     def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
         self.layouts.append(layout)
@@ -90,7 +88,9 @@ def test_decode_goes_on_from_the_token_sampled_last(engine: Engine, model: Table
     first = tokens(engine.run(shard_pb2.Step(chunks=[chunk(1, [5, 6])])))[1]
     assert first == int(model.table_VV[6].argmax())
     row = shard_pb2.DecodeRow(sequence_id=1, context_len=3)
-    assert tokens(engine.run(shard_pb2.Step(decodes=[row])))[1] == int(model.table_VV[first].argmax())
+    assert tokens(engine.run(shard_pb2.Step(decodes=[row])))[1] == int(
+        model.table_VV[first].argmax()
+    )
 
 
 def test_a_token_the_router_names_wins_over_the_one_sampled_last(
@@ -186,9 +186,11 @@ def test_many_sequences_come_and_go(engine: Engine) -> None:
         engine.run(
             shard_pb2.Step(
                 released_sequence_ids=[sequence_id - 3] if sequence_id > 2 else [],
-                chunks=[shard_pb2.Chunk(
-                    sequence_id=sequence_id, token_ids=[1], new_block_ids=[1], is_last=True
-                )],
+                chunks=[
+                    shard_pb2.Chunk(
+                        sequence_id=sequence_id, token_ids=[1], new_block_ids=[1], is_last=True
+                    )
+                ],
             )
         )
 

@@ -63,7 +63,11 @@ def test_filters_keep_what_transformers_keeps(
 
 def test_filters_touch_only_the_rows_that_ask() -> None:
     logits = make_logits(3)
-    rows = [make_row(temperature=1.0), make_row(temperature=1.0, top_k=1), make_row(temperature=1.0)]
+    rows = [
+        make_row(temperature=1.0),
+        make_row(temperature=1.0, top_k=1),
+        make_row(temperature=1.0),
+    ]
     got = _filtered(logits, rows)
     assert torch.equal(got[0], logits[0]) and torch.equal(got[2], logits[2])
     assert int(got[1].isfinite().sum()) == 1
@@ -119,7 +123,9 @@ def test_draws_follow_softmax(temperature: float) -> None:
     """Pearson's chi-square over 20,000 draws; fails by chance once in a million seeds."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
     count = 20_000
-    counts = torch.bincount(torch.tensor(draws(count, logits, temperature=temperature)), minlength=6)
+    counts = torch.bincount(
+        torch.tensor(draws(count, logits, temperature=temperature)), minlength=6
+    )
     expected = (logits[0] / temperature).softmax(-1) * count
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 35.9  # the 1 - 1e-6 quantile with 5 degrees of freedom
@@ -127,7 +133,9 @@ def test_draws_follow_softmax(temperature: float) -> None:
 
 def test_draws_after_a_filter_follow_the_renormalised_softmax() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
-    counts = torch.bincount(torch.tensor(draws(20_000, logits, temperature=1.0, top_k=3)), minlength=6)
+    counts = torch.bincount(
+        torch.tensor(draws(20_000, logits, temperature=1.0, top_k=3)), minlength=6
+    )
     assert counts[3:].sum() == 0
     expected = logits[0, :3].softmax(-1) * 20_000
     assert float(((counts[:3] - expected) ** 2 / expected).sum()) < 27.7  # 2 degrees of freedom

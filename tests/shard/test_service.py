@@ -38,9 +38,7 @@ def no_memory(request: shard_pb2.WarmupRequest) -> shard_pb2.WarmupReply:
     raise DeviceError(f"lower MAX_TOTAL_TOKENS={request.max_context_len}")
 
 
-def with_service(
-    engine: EchoEngine, use: Callable[[shard_pb2_grpc.ShardStub], Awaitable[T]]
-) -> T:
+def with_service(engine: EchoEngine, use: Callable[[shard_pb2_grpc.ShardStub], Awaitable[T]]) -> T:
     async def go() -> T:
         with ThreadPoolExecutor(1) as thread:
             server = grpc.aio.server()

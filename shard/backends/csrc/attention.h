@@ -42,14 +42,27 @@ inline Floats load_cells(const bf16* row, int64_t at, int64_t count, PairCell) {
 #endif
 
 template <typename T>
-class Tile {
+int64_t token_of_row(const AttendArgs<T>& args, const AttendTile& tile, int64_t row) {
+  return (tile.first_row + row) / args.group;
+}
+
+// Where a row of the tile lies in q_TNH and out_TNH.
+template <typename T>
+int64_t offset_of_row(const AttendArgs<T>& args, const AttendTile& tile, int64_t row) {
+  int64_t head = tile.kv_head * args.group + (tile.first_row + row) % args.group;
+  int64_t token = tile.first_token + token_of_row(args, tile, row);
+  return (token * args.num_kv_heads * args.group + head) * args.head_size;
+}
+
+template <typename T>
+class TileAttention {
   using Cell = typename CellOf<T>::Cell;
   using Type = typename Cell::Type;
   static constexpr int64_t VALUES = Cell::VALUES;
   static_assert(sizeof(Type) == sizeof(float));
 
  public:
-  Tile(const AttendArgs<T>& args, const AttendTile& tile, const Partial& to, float* scratch)
+  TileAttention(const AttendArgs<T>& args, const AttendTile& tile, const Partial& to, float* scratch)
       : args(args), tile(tile), to(to), depth(args.head_size / VALUES),
         width(padded(args.head_size)) {
     q = reinterpret_cast<Type*>(scratch);  // [rows, depth]
@@ -81,16 +94,6 @@ class Tile {
     }
   }
 
-  void finish() {
-    for (int64_t row = 0; row < tile.rows(); row++) {
-      float total = sum_weights(row);
-      T* out = args.out_TNH + offset_of_row(row);
-      for_each_span(args.head_size, [&](Span span) {
-        span.store(out, span.load(to.sums + row * width) / total);
-      });
-    }
-  }
-
  private:
   const AttendArgs<T>& args;
   const AttendTile& tile;
@@ -99,17 +102,9 @@ class Tile {
   int64_t width;  // padded head size
   Type *q, *k, *v, *p;
   float* scores;
-  int64_t origin = 0;             // position of the first of these KEYS
-  int64_t first = 0, last = 0;    // of them are taken; counted from origin
-  int64_t next_last = 0;          // the same for the next KEYS
-
-  int64_t token_of_row(int64_t row) const { return (tile.first_row + row) / args.group; }
-
-  int64_t offset_of_row(int64_t row) const {
-    int64_t head = tile.kv_head * args.group + (tile.first_row + row) % args.group;
-    int64_t heads = args.num_kv_heads * args.group;
-    return ((tile.first_token + token_of_row(row)) * heads + head) * args.head_size;
-  }
+  int64_t origin = 0;           // position of the first of these KEYS
+  int64_t first = 0, last = 0;  // those taken, counted from origin
+  int64_t next_last = 0;        // the same of the next KEYS
 
   // Where the key and the value of a position lie in their pools.
   int64_t offset_of_key(int64_t position) const {
@@ -135,7 +130,7 @@ class Tile {
 
   void pack_queries() {
     for (int64_t row = 0; row < tile.rows(); row++) {
-      const T* from = args.q_TNH + offset_of_row(row);
+      const T* from = args.q_TNH + offset_of_row(args, tile, row);
       for_each_span(depth, [&](Span span) {
         Floats cells = load_cells(from, span.at, span.count, Cell{});
         std::memcpy(q + row * depth + span.at, &cells, span.count * sizeof(Type));
@@ -194,7 +189,7 @@ class Tile {
 
   // Scores of a row become weights in p; sums so far are scaled to the new maximum.
   void weigh(int64_t row, int64_t columns) {
-    int64_t position = tile.first_position + token_of_row(row);
+    int64_t position = tile.first_position + token_of_row(args, tile, row);
     int64_t end = position + 1 - origin;  // keys after `position` are hidden
     int64_t begin = args.window ? end - args.window : 0;
     begin = begin > first ? begin : first;
@@ -240,23 +235,26 @@ class Tile {
       store(sums, load(sums) * factor);
     }
   }
-
-  float sum_weights(int64_t row) const { return sum(load(to.weights + row * PADDING)); }
 };
 
 template <typename T>
 void attend_segment(const AttendArgs<T>& args, const AttendTile& tile, int64_t first_key,
                     int64_t last_key, const Partial& to, float* scratch) {
-  Tile<T>(args, tile, to, scratch).attend(first_key, last_key);
+  TileAttention<T>(args, tile, to, scratch).attend(first_key, last_key);
 }
 
 template <typename T>
 void finish(const AttendArgs<T>& args, const AttendTile& tile, const Partial& from) {
-  Tile<T>(args, tile, from, nullptr).finish();
+  for (int64_t row = 0; row < tile.rows(); row++) {
+    const float* sums = from.sums + row * padded(args.head_size);
+    float total = sum(load(from.weights + row * PADDING));
+    T* out = args.out_TNH + offset_of_row(args, tile, row);
+    for_each_span(args.head_size, [&](Span span) { span.store(out, span.load(sums) / total); });
+  }
 }
 
 int64_t scratch_floats(int64_t rows, int64_t head_size) {
-  return Tile<float>::scratch_floats(rows, head_size);  // pairs take half as much
+  return TileAttention<float>::scratch_floats(rows, head_size);  // pairs take half as much
 }
 
 void merge(const Partial& to, const Partial& from, int64_t rows, int64_t head_size) {

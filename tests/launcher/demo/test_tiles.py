@@ -28,10 +28,8 @@ WHITE = (255, 255, 255)
 )
 def test_layout_takes_the_pinpoint_of_the_shape(size: tuple[int, int], tiles: int) -> None:
     plan = layout(*size)
-    assert plan.rows * plan.columns == tiles
-    assert (plan.rows * TILE, plan.columns * TILE) in PINPOINTS
-    assert plan.resized_width <= plan.columns * TILE
-    assert plan.resized_height <= plan.rows * TILE
+    assert plan.num_tiles == 1 + tiles
+    assert plan.canvas in PINPOINTS
 
 
 def test_cut_gives_the_whole_picture_then_the_grid_on_black() -> None:
@@ -40,8 +38,8 @@ def test_cut_gives_the_whole_picture_then_the_grid_on_black() -> None:
     tiles = cut(pictures.draw(scene), plan)
     assert tiles.shape == (3, 3, TILE, TILE)
     assert (tiles[0] == 255).all()
-    assert (tiles[1, :, :, : plan.left] == 0).all()
-    assert (tiles[1, :, :, plan.left :] == 255).all()
+    assert (tiles[1, :, :, : plan.offset[1]] == 0).all()
+    assert (tiles[1, :, :, plan.offset[1] :] == 255).all()
 
 
 def test_labels_name_the_shape_at_its_middle() -> None:
@@ -69,6 +67,6 @@ def test_labels_hold_every_character_once_per_view() -> None:
 def test_patches_on_the_black_border_are_ignored() -> None:
     plan = layout(400, 400)
     found = labels(Scene(400, 400, "white", WHITE), plan)
-    grid = found[1:].reshape(plan.rows, plan.columns, SIDE, SIDE, -1)
+    grid = found[1:].reshape(*plan.grid, SIDE, SIDE, -1)
     assert (grid[:, 0, :, 0] == IGNORE).all()
     assert not np.any(found[0] == IGNORE)

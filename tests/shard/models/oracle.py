@@ -50,9 +50,7 @@ class Oracle:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            self.folder, dtype=self._dtype, output_loading_info=True
-        )
+        model, info = auto.from_pretrained(self.folder, dtype=self._dtype, output_loading_info=True)
         assert not info["missing_keys"], info
         if self.config.get("vision_feature_select_strategy") == "full":
             model.model.pack_image_features = _packing_full(model.model)

@@ -1,0 +1,231 @@
+// torch.ops.tessera_cpu: what shard/backends/cpu.py calls. Checks arguments, finds the kernels.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "attend.h"
+#include "variants.h"
+
+namespace tessera {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // of a cheap operation on rows
+
+const Kernels& kernels_of(int64_t variant) {
+  TORCH_CHECK(variant >= 0 && variant < static_cast<int64_t>(variants().size()),
+              "no kernel variant ", variant);
+  return *variants()[variant].kernels;
+}
+
+const TypedKernels<float>& typed(const Kernels& kernels, float) { return kernels.of_float; }
+const TypedKernels<bf16>& typed(const Kernels& kernels, bf16) { return kernels.of_bf16; }
+
+// Calls body with a value of the element type; both types of the CPU backend.
+template <typename Body>
+void with_type(const Tensor& x, Body body) {
+  if (x.scalar_type() == at::kFloat) return body(float{});
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "dtype must be float32 or bfloat16, not ",
+              x.scalar_type());
+  body(bf16{});
+}
+
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+void check_rows(const Tensor& x, const char* name, at::ScalarType type) {
+  TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type, name,
+              " must be a contiguous CPU tensor of ", type, ", not ", x.scalar_type());
+}
+
+template <typename Body>
+void for_rows(int64_t rows, int64_t width, Body body) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / width),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; row++) body(row);
+                   });
+}
+
+std::vector<std::string> variant_names() {
+  std::vector<std::string> names;
+  for (const Variant& variant : variants()) names.push_back(variant.name);
+  return names;
+}
+
+// The residual, where there is one, becomes x + residual.
+Tensor add_rms_norm(const Tensor& x_TD, const std::optional<Tensor>& residual_TD,
+                    const Tensor& weight_D, double eps, int64_t variant) {
+  int64_t width = weight_D.numel();
+  check_rows(x_TD, "x", x_TD.scalar_type());
+  check_rows(weight_D, "weight", x_TD.scalar_type());
+  TORCH_CHECK(x_TD.size(-1) == width, "x and weight differ in width");
+  if (residual_TD) {
+    check_rows(*residual_TD, "residual", x_TD.scalar_type());
+    TORCH_CHECK(residual_TD->sizes() == x_TD.sizes(), "x and residual differ in shape");
+  }
+  Tensor out_TD = at::empty_like(x_TD);
+  with_type(x_TD, [&](auto type) {
+    using T = decltype(type);
+    auto kernel = typed(kernels_of(variant), type).add_rms_norm;
+    const T *x = data<T>(x_TD), *weight = data<T>(weight_D);
+    T *residual = residual_TD ? data<T>(*residual_TD) : nullptr, *out = data<T>(out_TD);
+    for_rows(x_TD.numel() / width, width, [&](int64_t row) {
+      int64_t at = row * width;
+      kernel(x + at, residual ? residual + at : nullptr, weight, out + at, width,
+             static_cast<float>(eps));
+    });
+  });
+  return out_TD;
+}
+
+Tensor silu_mul(const Tensor& gate_up_TF, int64_t variant) {
+  check_rows(gate_up_TF, "gate_up", gate_up_TF.scalar_type());
+  TORCH_CHECK(gate_up_TF.dim() == 2 && gate_up_TF.size(1) % 2 == 0, "gate_up must be [T, 2 * n]");
+  int64_t rows = gate_up_TF.size(0), width = gate_up_TF.size(1) / 2;
+  Tensor out = at::empty({rows, width}, gate_up_TF.options());
+  with_type(gate_up_TF, [&](auto type) {
+    using T = decltype(type);
+    auto kernel = typed(kernels_of(variant), type).silu_mul;
+    const T* from = data<T>(gate_up_TF);
+    T* to = data<T>(out);
+    for_rows(rows, 2 * width,
+             [&](int64_t row) { kernel(from + row * 2 * width, to + row * width, width); });
+  });
+  return out;
+}
+
+void check_cache(const Tensor& k_BKPH, const Tensor& v_BKPH, at::ScalarType type) {
+  check_rows(k_BKPH, "keys", type);
+  check_rows(v_BKPH, "values", type);
+  TORCH_CHECK(k_BKPH.dim() == 4 && v_BKPH.sizes() == k_BKPH.sizes(), "the cache must be [B, K, P, H]");
+  TORCH_CHECK(k_BKPH.size(3) % 8 == 0, "head size must be a multiple of 8, not ", k_BKPH.size(3));
+}
+
+void check_range(const Tensor& indices, int64_t limit, const char* name) {
+  const int64_t* index = data<int64_t>(indices);
+  bool inside = true;
+  for (int64_t i = 0; i < indices.numel(); i++) inside &= index[i] >= 0 && index[i] < limit;
+  TORCH_CHECK_INDEX(inside, name, " must lie in [0, ", limit, ")");
+}
+
+Tensor rotate_and_store(const Tensor& qkv_TF, const Tensor& cos_sin_LH, const Tensor& k_BKPH,
+                        const Tensor& v_BKPH, const Tensor& positions_T, const Tensor& slots_T,
+                        int64_t variant) {
+  check_rows(qkv_TF, "qkv", qkv_TF.scalar_type());
+  check_cache(k_BKPH, v_BKPH, qkv_TF.scalar_type());
+  check_rows(cos_sin_LH, "cos_sin", at::kFloat);
+  check_rows(positions_T, "positions", at::kLong);
+  check_rows(slots_T, "slots", at::kLong);
+  int64_t tokens = qkv_TF.size(0), kv_heads = k_BKPH.size(1), block_size = k_BKPH.size(2);
+  int64_t head_size = k_BKPH.size(3), heads = qkv_TF.size(1) / head_size - 2 * kv_heads;
+  TORCH_CHECK(heads > 0 && (heads + 2 * kv_heads) * head_size == qkv_TF.size(1),
+              "qkv must be [T, (N + 2K) * H], not [", tokens, ", ", qkv_TF.size(1), "]");
+  TORCH_CHECK(cos_sin_LH.size(1) == head_size, "cos_sin must be [L, H]");
+  TORCH_CHECK(positions_T.numel() == tokens && slots_T.numel() == tokens,
+              "positions and slots must be [T]");
+  check_range(positions_T, cos_sin_LH.size(0), "positions");
+  check_range(slots_T, k_BKPH.size(0) * block_size, "slots");
+  Tensor q_TNH = at::empty({tokens, heads, head_size}, qkv_TF.options());
+  with_type(qkv_TF, [&](auto type) {
+    using T = decltype(type);
+    auto rotate = typed(kernels_of(variant), type).rotate;
+    const float* cos_sin = data<float>(cos_sin_LH);
+    const int64_t *position = data<int64_t>(positions_T), *slot = data<int64_t>(slots_T);
+    T *q = data<T>(q_TNH), *k = data<T>(k_BKPH), *v = data<T>(v_BKPH);
+    const T* qkv = data<T>(qkv_TF);
+    for_rows(tokens, qkv_TF.size(1), [&](int64_t t) {
+      const T* from = qkv + t * (heads + 2 * kv_heads) * head_size;
+      const float* angles = cos_sin + position[t] * head_size;
+      for (int64_t head = 0; head < heads; head++, from += head_size) {
+        rotate(from, angles, q + (t * heads + head) * head_size, head_size);
+      }
+      for (int64_t head = 0; head < kv_heads; head++, from += head_size) {
+        int64_t row = (slot[t] / block_size * kv_heads + head) * block_size + slot[t] % block_size;
+        rotate(from, angles, k + row * head_size, head_size);
+        std::copy_n(from + kv_heads * head_size, head_size, v + row * head_size);
+      }
+    });
+  });
+  return q_TNH;
+}
+
+void check_step(const StepShape& step, const Tensor& q_TNH, const Tensor& tables_SM,
+                const Tensor& k_BKPH) {
+  int64_t num_blocks = k_BKPH.size(0), block_size = k_BKPH.size(2);
+  bool ordered = step.query_start[0] == 0 && step.query_start[step.num_sequences] == q_TNH.size(0);
+  bool inside = true;
+  for (int64_t s = 0; s < step.num_sequences; s++) {
+    int64_t tokens = step.query_start[s + 1] - step.query_start[s], context = step.context_lens[s];
+    ordered &= tokens >= 0 && context >= tokens && context <= tables_SM.size(1) * block_size;
+    const int32_t* block = data<int32_t>(tables_SM) + s * tables_SM.size(1);
+    for (int64_t i = 0; ordered && i * block_size < context; i++) {
+      inside &= block[i] >= 0 && block[i] < num_blocks;
+    }
+  }
+  TORCH_CHECK(ordered, "query_start, context_lens and block_tables contradict each other");
+  TORCH_CHECK_INDEX(inside, "block ids must lie in [0, ", num_blocks, ")");
+}
+
+// window 0: no window.
+Tensor attend_paged(const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_BKPH,
+                    const Tensor& query_start_S1, const Tensor& context_lens_S,
+                    const Tensor& block_tables_SM, int64_t window, int64_t variant) {
+  check_rows(q_TNH, "q", q_TNH.scalar_type());
+  check_cache(k_BKPH, v_BKPH, q_TNH.scalar_type());
+  check_rows(query_start_S1, "query_start", at::kInt);
+  check_rows(context_lens_S, "context_lens", at::kInt);
+  check_rows(block_tables_SM, "block_tables", at::kInt);
+  int64_t sequences = context_lens_S.numel(), kv_heads = k_BKPH.size(1), head_size = k_BKPH.size(3);
+  TORCH_CHECK(query_start_S1.numel() == sequences + 1 && block_tables_SM.dim() == 2 &&
+                  block_tables_SM.size(0) == sequences,
+              "query_start must be [S + 1], context_lens [S], block_tables [S, M]");
+  TORCH_CHECK(q_TNH.dim() == 3 && q_TNH.size(2) == head_size && q_TNH.size(1) % kv_heads == 0,
+              "q must be [T, a multiple of ", kv_heads, ", ", head_size, "]");
+  TORCH_CHECK(window >= 0, "window must not be negative");
+  StepShape step{data<int32_t>(query_start_S1), data<int32_t>(context_lens_S), sequences};
+  check_step(step, q_TNH, block_tables_SM, k_BKPH);
+  Tensor out_TNH = at::empty_like(q_TNH);
+  with_type(q_TNH, [&](auto type) {
+    using T = decltype(type);
+    AttendArgs<T> args{
+        data<T>(q_TNH), data<T>(k_BKPH), data<T>(v_BKPH), data<T>(out_TNH),
+        data<int32_t>(block_tables_SM), block_tables_SM.size(1), kv_heads,
+        q_TNH.size(1) / kv_heads, k_BKPH.size(2), head_size, window,
+        static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(head_size)))};
+    attend(kernels_of(variant), args, step);
+  });
+  return out_TNH;
+}
+
+TORCH_LIBRARY(tessera_cpu, library) {
+  library.def("variants() -> str[]", &variant_names);
+  library.def(
+      "add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, int variant) -> Tensor");
+  library.def("silu_mul(Tensor gate_up, int variant) -> Tensor");
+  library.def(
+      "rotate_and_store(Tensor qkv, Tensor cos_sin, Tensor(a!) keys, Tensor(b!) values,"
+      " Tensor positions, Tensor slots, int variant) -> Tensor");
+  library.def(
+      "attend(Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_lens,"
+      " Tensor block_tables, int window, int variant) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
+  library.impl("add_rms_norm", &add_rms_norm);
+  library.impl("silu_mul", &silu_mul);
+  library.impl("rotate_and_store", &rotate_and_store);
+  library.impl("attend", &attend_paged);
+}
+
+}  // namespace
+}  // namespace tessera

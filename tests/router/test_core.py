@@ -1,0 +1,235 @@
+"""The loop between requests and steps, over shards that answer from a list."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tessera.proto import shard_pb2
+from tessera.router.blocks import BlockPool
+from tessera.router.core import Core, RequestStream
+from tessera.router.errors import GenerationError, NotReadyError
+from tessera.router.generation import ServingLimits
+from tessera.router.metrics import Metrics
+from tessera.router.request import FinishReason, Request, SamplingParams, StoppingParams, TokenEvent
+from tessera.router.scheduler import SchedulerLimits, StepPlan
+from tessera.router.shards import ShardsLost
+from tessera.router.tokenizer import Tokenizer
+
+T = TypeVar("T")
+EOS = 2
+NUM_BLOCKS = 40
+PROMPT = 400  # first id of every prompt; ids below 259 are bytes
+
+
+class ScriptedShards:
+    """Samples 300, 301, 302, ... for every sequence; what is in `faults` happens instead."""
+
+    def __init__(self) -> None:
+        self.plans: list[StepPlan] = []
+        self.generated: dict[int, int] = {}
+        self.eos_after: dict[int, int] = {}
+        self.fails: set[int] = set()
+        self.lost_at: int | None = None
+        self.gate: asyncio.Event | None = None  # steps wait for it
+
+    async def run(self, plan: StepPlan) -> shard_pb2.StepReply:
+        self.plans.append(plan)
+        await (self.gate.wait() if self.gate else asyncio.sleep(0))
+        if self.lost_at is not None and len(self.plans) > self.lost_at:
+            raise ShardsLost("rank 1 is gone")
+        reply = shard_pb2.StepReply()
+        sampling = [row.sequence for row in plan.decodes]
+        sampling += [chunk.sequence for chunk in plan.chunks if chunk.is_last]
+        for sequence in sampling:
+            number = sequence.sequence_id
+            if number in self.fails:
+                reply.failures.add(sequence_id=number, message="the model's output is not finite")
+                continue
+            count = self.generated[number] = self.generated.get(number, 0) + 1
+            token_id = EOS if count == self.eos_after.get(number) else 299 + count
+            reply.tokens.add(sequence_id=number, token_id=token_id, logprob=-0.5)
+        for chunk in plan.chunks:
+            if chunk.sequence.request.sampling.prompt_logprobs:
+                scores = [-float(p) for p in range(max(1, chunk.first), chunk.last)]
+                reply.prompt_logprobs.add(
+                    sequence_id=chunk.sequence.sequence_id,
+                    first_position=max(1, chunk.first),
+                    logprobs=scores,
+                )
+        return reply
+
+
+def request(prompt: int = 5, new: int = 4, stop: tuple[str, ...] = (), **sampling: object) -> Request:
+    return Request(
+        tuple(range(PROMPT, PROMPT + prompt)),
+        (),
+        SamplingParams(**sampling),  # type: ignore[arg-type]
+        StoppingParams(new, stop),
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Callable[[str], Path]) -> Tokenizer:
+    return Tokenizer.from_folder(checkpoint("llama"))
+
+
+def with_core(
+    tokenizer: Tokenizer,
+    shards: ScriptedShards,
+    use: Callable[[Core], Awaitable[T]],
+    num_blocks: int = NUM_BLOCKS,
+) -> T:
+    async def go() -> T:
+        core = Core(shards, tokenizer, frozenset({EOS}), Metrics())  # type: ignore[arg-type]
+        assert not core.ready
+        with pytest.raises(NotReadyError):
+            core.submit(request())
+        limits = ServingLimits(100, 128, 32, 640, 8)
+        core.open(limits, SchedulerLimits(32, 8, 3, 0, 8), BlockPool(num_blocks, 4))
+        running = asyncio.create_task(core.run())
+        try:
+            return await asyncio.wait_for(use(core), 20)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    return asyncio.run(go())
+
+
+async def read(stream: RequestStream) -> list[TokenEvent]:
+    return [event async for event in stream]
+
+
+def test_tokens_come_in_order_and_the_last_event_sums_up(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> list[TokenEvent]:
+        return await read(core.submit(request(new=3)))
+
+    events = with_core(tokenizer, ScriptedShards(), use)
+    assert [event.token.id for event in events] == [300, 301, 302]
+    completion = events[-1].completion
+    assert completion is not None and completion.reason is FinishReason.LENGTH
+    assert completion.generated_tokens == 3 and completion.seed is None
+    assert "".join(event.text for event in events) == completion.text
+    prompt = list(range(PROMPT, PROMPT + 5))
+    whole = tokenizer.decode([*prompt, 300, 301, 302])
+    assert completion.text and completion.text == whole.removeprefix(tokenizer.decode(prompt))
+    timings = completion.timings
+    assert 0 <= timings.queue <= timings.first_token <= timings.total
+
+
+def test_end_of_text_ends_a_request_even_at_its_last_token(tokenizer: Tokenizer) -> None:
+    shards = ScriptedShards()
+    shards.eos_after = {1: 3}
+
+    async def use(core: Core) -> list[TokenEvent]:
+        return await read(core.submit(request(new=3)))
+
+    events = with_core(tokenizer, shards, use)
+    assert events[-1].token.special and events[-1].text == ""
+    assert events[-1].completion is not None
+    assert events[-1].completion.reason is FinishReason.EOS
+
+
+def test_a_stop_string_ends_a_request(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> tuple[str, list[TokenEvent]]:
+        stop = (await read(core.submit(request(new=20))))[2].text.strip()
+        return stop, await read(core.submit(request(new=20, stop=(stop,))))
+
+    stop, events = with_core(tokenizer, ScriptedShards(), use)
+    completion = events[-1].completion
+    assert stop and completion is not None and completion.reason is FinishReason.STOP
+    assert completion.text.endswith(stop) and len(events) <= 3
+
+
+def test_a_client_that_leaves_frees_its_blocks_within_two_steps(tokenizer: Tokenizer) -> None:
+    shards = ScriptedShards()
+
+    async def use(core: Core) -> int:
+        shards.gate = asyncio.Event()
+        leaving = core.submit(request(prompt=30, new=90))
+        staying = asyncio.create_task(read(core.submit(request(new=30))))
+        await asyncio.sleep(0.01)  # its first step is under way
+        leaving.close()
+        before = len(shards.plans)
+        shards.gate.set()
+        assert len(await staying) == 30
+        return before
+
+    before = with_core(tokenizer, shards, use)
+    assert [plan.released_sequence_ids for plan in shards.plans[before:]].index([1]) < 2
+    later = [s.sequence_id for plan in shards.plans[before:] for s in plan.sequences]
+    assert 1 not in later
+
+
+def test_all_blocks_come_back(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> tuple[float, list[int]]:
+        streams = [core.submit(request(prompt=3 + n, new=2 + n)) for n in range(20)]
+        events = await asyncio.gather(*(read(stream) for stream in streams[:-2]))
+        for stream in streams:
+            stream.close()
+        scheduler = core._scheduler
+        assert scheduler is not None
+        return scheduler.pool.num_free, [len(one) for one in events]
+
+    free, counts = with_core(tokenizer, ScriptedShards(), use, num_blocks=16)
+    assert free == 16
+    assert counts == [2 + n for n in range(18)]
+
+
+def test_a_failure_stays_with_its_owner(tokenizer: Tokenizer) -> None:
+    shards = ScriptedShards()
+    shards.fails = {1}
+
+    async def use(core: Core) -> list[TokenEvent]:
+        bad, good = core.submit(request()), core.submit(request())
+        with pytest.raises(GenerationError, match="not finite"):
+            await read(bad)
+        return await read(good)
+
+    assert len(with_core(tokenizer, shards, use)) == 4
+
+
+def test_lost_shards_end_every_request_with_an_error_and_close_the_door(
+    tokenizer: Tokenizer,
+) -> None:
+    shards = ScriptedShards()
+    shards.lost_at = 2
+
+    async def use(core: Core) -> None:
+        streams = [core.submit(request(new=50)) for _ in range(3)]
+        for stream in streams:
+            with pytest.raises(GenerationError, match="shard was lost"):
+                await read(stream)
+        assert not core.ready
+        with pytest.raises(NotReadyError, match="lost a shard"):
+            core.submit(request())
+
+    with_core(tokenizer, shards, use)
+
+
+def test_draining_refuses_newcomers_and_finishes_the_rest(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> list[TokenEvent]:
+        stream = core.submit(request(new=9))
+        core.drain()
+        assert not core.ready
+        with pytest.raises(NotReadyError, match="shutting down"):
+            core.submit(request())
+        return await read(stream)
+
+    assert len(with_core(tokenizer, ScriptedShards(), use)) == 9
+
+
+def test_prompt_logprobs_are_whole_across_chunks(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> RequestStream:
+        stream = core.submit(request(prompt=70, prompt_logprobs=True))
+        await read(stream)
+        return stream
+
+    stream = with_core(tokenizer, ScriptedShards(), use)
+    logprobs = [token.logprob for token in stream.prompt_logprobs]
+    assert logprobs[0] != logprobs[0]  # nan
+    assert logprobs[1:] == [-float(p) for p in range(1, 70)]
+    assert [token.id for token in stream.prompt_logprobs] == list(range(PROMPT, PROMPT + 70))
