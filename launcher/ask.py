@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import json
 import os
 import queue
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,21 +197,21 @@ def _collect(pieces: Iterator[str]) -> Answer:
 
 def _try_to_ask(url: str, settings: Settings, given: argparse.Namespace) -> str:
     """Ask and print. Returns why it failed, empty when it did not."""
-    key = settings.router.api_key
-    # Not the hub's token: it is nobody's business here.
-    headers = {"Authorization": f"Bearer {key}"} if key else {"Authorization": ""}
-    client = InferenceClient(url, headers=headers, timeout=ANSWER_TIMEOUT_S)
     try:
-        _ask_and_print(client, settings, given)
+        _ask_and_print(url, settings, given)
     except Exception as error:  # whatever the client's HTTP library raises
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"the question failed: {' '.join(lines)}"
     return ""
 
 
-def _ask_and_print(client: InferenceClient, settings: Settings, given: argparse.Namespace) -> None:
+def _ask_and_print(url: str, settings: Settings, given: argparse.Namespace) -> None:
+    key = settings.router.api_key
+    # Without a key the client would send the hub's token, which is nobody's business here.
+    headers = {"Authorization": f"Bearer {key}" if key else ""}
+    client = InferenceClient(url, headers=headers, timeout=ANSWER_TIMEOUT_S)
     is_demo = not settings.router.model_id
-    sees = is_demo or client.get_endpoint_info().get("model_pipeline_tag") == VISION_TASK
+    sees = is_demo or _task(url) == VISION_TASK
     question = given.question or (QUESTION if sees else TEXT_QUESTION)
     if sees:
         _show(given.picture)
@@ -221,6 +223,12 @@ def _ask_and_print(client: InferenceClient, settings: Settings, given: argparse.
     rate = answer.num_tokens / max(answer.seconds, 1e-9)
     say(f"answer: {answer.text}")
     say(f"{answer.num_tokens} tokens in {answer.seconds:.2f} s ({rate:.1f} tokens/s)")
+
+
+def _task(url: str) -> str:
+    """What the model is for, in the hub's words."""
+    with urllib.request.urlopen(f"{url}/info", timeout=ANSWER_TIMEOUT_S) as reply:
+        return str(json.load(reply).get("model_pipeline_tag"))
 
 
 def _show(path: Path) -> None:

@@ -39,7 +39,7 @@ ABSENT = {
     "SPECULATE": "there is no speculative decoding; drop it, answers stay the same",
     "LORA_ADAPTERS": "adapters are not supported; merge them into the model",
     "KV_CACHE_DTYPE": "the cache has the model's dtype",
-    "CUDA_GRAPHS": "which graphs are used is decided at warm-up",
+    "CUDA_GRAPHS": "there is nothing to set for graphs",
     "DISABLE_CUSTOM_KERNELS": "set BACKEND=reference for plain operations",
     "PROMETHEUS_PORT": "metrics are at /metrics of the HTTP port",
     "OTLP_ENDPOINT": "there is no tracing; metrics are at /metrics",

@@ -59,7 +59,7 @@ Event = Ended | Said | Signalled
 Events = queue.SimpleQueue[Event]
 
 
-class StopRequested(Exception):  # noqa: N818, nothing went wrong
+class StopRequested(Exception):
     """A signal asked this process to end; not an error."""
 
 

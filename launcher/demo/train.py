@@ -39,6 +39,10 @@ PAGES, SCENES, QUESTIONS = 48, 32, 5  # per batch; questions per scene
 HEAD_WEIGHTS = dict(zip(HEADS, (1.0, 0.7, 0.2, 1.0, 1.0, 0.7), strict=True))
 NONE_WEIGHTS = dict(zip(HEADS, (0.3, 0.3, 1.0, 0.1, 0.1, 0.2), strict=True))  # of class 0
 ADAMW_RATE, MUON_RATE = 2e-3, 0.02
+VISION_RATE = (
+    0.4  # of MUON_RATE for the vision tower's matrices, once the language model learns too
+)
+SCENE_PATCH_WEIGHT = 0.8  # of the patch losses beside the language loss
 EMA_DECAY = 0.998
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
@@ -209,13 +213,12 @@ class Trainer:
         torch.manual_seed(seed)
         self.seed, self.budget, self.tokenizer = seed, budget, tokenizer
         self.network, self.losses, self.progress = Network(Sizes()), Losses(tokenizer), Progress()
-        hidden = [
-            p for name, p in self.network.named_parameters()
-            if p.dim() == 2 and ("layers" in name or "multi_modal_projector" in name)
-        ]  # fmt: skip
-        chosen = {id(p) for p in hidden}
+        named = [(n, p) for n, p in self.network.named_parameters() if p.dim() == 2]
+        vision = [p for n, p in named if "encoder.layers" in n]
+        hidden = [p for n, p in named if "model.layers" in n or "multi_modal_projector" in n]
+        chosen = {id(p) for p in (*vision, *hidden)}
         self.rest = [p for p in self.network.parameters() if id(p) not in chosen]
-        self.muon = Muon(hidden, lr=MUON_RATE)
+        self.muon = Muon([{"params": vision}, {"params": hidden}], lr=MUON_RATE)
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [p for p in self.rest if p.dim() > 1], "weight_decay": 0.01},
@@ -255,13 +258,11 @@ class Trainer:
             loss = patch + lens
             if batch.segments:
                 language, accuracy = self._language(batch, projected)
-                loss = language + 0.3 * loss
+                loss = language + SCENE_PATCH_WEIGHT * loss
                 self._note(language=language.item(), token_accuracy=accuracy)
                 self._note(scene_patch=patch.item(), scene_lens=lens.item())
             else:
                 self._note(page_patch=patch.item(), page_lens=lens.item())
-                if self.fraction() >= VISION_SHARE:
-                    loss = 0.3 * loss
         self.adamw.zero_grad(set_to_none=True)
         self.muon.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -307,9 +308,11 @@ class Trainer:
             factor = min(1.0, done / 0.02 + 0.05) * (
                 0.5 * (1 + math.cos(math.pi * done)) * 0.99 + 0.01
             )
-        for optimiser, rate in ((self.adamw, ADAMW_RATE), (self.muon, MUON_RATE)):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * factor
+        for group in self.adamw.param_groups:
+            group["lr"] = ADAMW_RATE * factor
+        vision, hidden = self.muon.param_groups
+        vision["lr"] = MUON_RATE * factor * (1.0 if progress < VISION_SHARE else VISION_RATE)
+        hidden["lr"] = MUON_RATE * factor
 
     @torch.no_grad()
     def _update_average(self) -> None:

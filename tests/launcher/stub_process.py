@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from tessera.proto.env import read_settings
 from tessera.proto.lifeline import die_with_parent
@@ -83,10 +85,54 @@ def serve_http(modes: list[str]) -> None:
     while True:
         connection, _ = listener.accept()
         with connection:
-            if connection.recv(4096).startswith(b"GET /crash"):
-                print("Error: the router has had enough", file=sys.stderr)
-                sys.exit(7)
-            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nserved")
+            answer(connection, modes)
+
+
+def answer(connection: socket.socket, modes: list[str]) -> None:
+    """One request: text generation in two tokens, the server's description, or a word."""
+    with connection.makefile("rb") as reader:
+        request = reader.readline().decode()
+        headers = dict(iter_headers(reader))
+        body = reader.read(int(headers.get("content-length", 0)))
+    if body and (path := os.environ.get("BODIES")):
+        Path(path).write_bytes(body)
+    if request.startswith("GET /crash"):
+        print("Error: the router has had enough", file=sys.stderr)
+        sys.exit(7)
+    if "refuse" in modes and request.startswith("POST"):
+        reply = json.dumps({"error": "too long", "error_type": "validation"})
+        send(connection, "422 Unprocessable Content", "application/json", reply)
+    elif request.startswith("POST /v1/chat/completions"):
+        events = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in ("A ", "cat")]
+        send(connection, "200 OK", "text/event-stream", event_lines(*events, "[DONE]"))
+    elif request.startswith("POST"):
+        events = [
+            {"token": {"id": n, "text": text, "logprob": -1.0, "special": text == "</s>"}}
+            for n, text in enumerate(("A red", " circle.", "</s>"))
+        ]
+        send(connection, "200 OK", "text/event-stream", event_lines(*events))
+    elif request.startswith("GET /info"):
+        task = "image-text-to-text" if "sees" in modes else "text-generation"
+        reply = json.dumps({"model_pipeline_tag": task})
+        send(connection, "200 OK", "application/json", reply)
+    else:
+        send(connection, "200 OK", "text/plain", "served")
+
+
+def iter_headers(reader: BinaryIO) -> Iterator[tuple[str, str]]:
+    while line := reader.readline().decode().strip():
+        name, _, value = line.partition(":")
+        yield name.lower(), value.strip()
+
+
+def event_lines(*events: Any) -> str:
+    texts = (event if isinstance(event, str) else json.dumps(event) for event in events)
+    return "".join(f"data: {text}\n\n" for text in texts)
+
+
+def send(connection: socket.socket, status: str, kind: str, text: str) -> None:
+    head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\n\r\n"
+    connection.sendall((head + text).encode())
 
 
 def doze(modes: list[str]) -> None:

@@ -99,7 +99,8 @@ class Plan {
       int64_t last_row = std::min(row + MAX_ROWS, num_tokens * args.group);
       int64_t lowest = first_position + row / args.group;
       KeyRange keys{args.window ? std::max<int64_t>(0, lowest - args.window + 1) : 0,
-                    first_position + (last_row - 1) / args.group + 1};
+                    args.causal ? first_position + (last_row - 1) / args.group + 1
+                                : step.context_lens[s]};
       for (int64_t head = 0; head < args.num_kv_heads; head++) {
         tiles.push_back({{s, head, first_token, first_position, row, last_row}, keys});
         work += (last_row - row) * (keys.last - keys.first);

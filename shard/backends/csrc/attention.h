@@ -5,13 +5,13 @@
 #pragma once
 
 #include "matmul.h"
+#include "prefetch.h"
 
 namespace tessera {
 namespace {
 
 constexpr int64_t KEYS = 64;
 static_assert(SEGMENT % KEYS == 0);
-constexpr int64_t MAX_HEAD_SIZE = 256;
 const float ZEROS[MAX_HEAD_SIZE] = {};  // the value of a key that is not taken
 constexpr float LOWEST = -3.402823466e38f;  // a maximum below every score
 
@@ -106,8 +106,7 @@ class TileAttention {
       num_next = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
       locate(start, last, offsets);
       locate(start + KEYS, num_next, next_offsets);
-      for (int64_t i = 0; i < num_next; i++) next_offsets[i] *= sizeof(T);
-      Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next, args.head_size * sizeof(T));
+      Prefetcher<T> ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next, args.head_size);
       int64_t columns = (last + LANES - 1) / LANES * LANES;
       pack_keys(columns, ahead);
       multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns, ahead);
@@ -136,8 +135,8 @@ class TileAttention {
     const int32_t* table = args.block_tables_SM + tile.sequence * args.table_stride;
     int64_t index = origin / args.block_size, in_block = origin % args.block_size;
     for (int64_t key = 0; key < count; key++) {
-      int64_t head = table[index] * args.num_kv_heads + tile.kv_head;
-      offsets[key] = (head * args.block_size + in_block) * args.head_size;
+      offsets[key] = table[index] * args.block_stride + tile.kv_head * args.head_stride +
+                     in_block * args.position_stride;
       if (++in_block == args.block_size) index++, in_block = 0;
     }
   }
@@ -159,7 +158,7 @@ class TileAttention {
   }
 
   // k: cells down, keys across. Columns of keys that are not taken hold anything.
-  void pack_keys(int64_t columns, Prefetcher& ahead) {
+  void pack_keys(int64_t columns, Prefetcher<T>& ahead) {
     for (int64_t column = 0; column < columns; column += LANES) {
       const T* keys[LANES];
       for (int i = 0; i < LANES; i++) {
@@ -179,7 +178,7 @@ class TileAttention {
   }
 
   // v: keys down, channels across; 0 for keys that are not taken, whatever their memory holds.
-  void pack_values(Prefetcher& ahead) {
+  void pack_values(Prefetcher<T>& ahead) {
     for (int64_t key = 0; key < last; key += VALUES) {
       const T* rows[VALUES];
       for (int i = 0; i < VALUES; i++) {
@@ -201,10 +200,9 @@ class TileAttention {
   // Scores of a row become weights in p; sums so far are scaled to the new maximum.
   void weigh(int64_t row, int64_t columns) {
     int64_t position = tile.first_position + token_of_row(args, tile, row);
-    int64_t end = position + 1 - origin;  // keys after `position` are hidden
-    int64_t begin = args.window ? end - args.window : 0;
-    begin = begin > first ? begin : first;
-    end = end < last ? end : last;
+    int64_t after = position + 1 - origin;
+    int64_t begin = args.window && after - args.window > first ? after - args.window : first;
+    int64_t end = args.causal && after < last ? after : last;
     float* row_scores = scores + row * KEYS;
     Floats top = all(to.max[row]);
     for (int64_t at = 0; at < columns; at += LANES) {

@@ -20,11 +20,15 @@ struct AttendArgs {
   T* out_TNH;
   const int32_t* block_tables_SM;
   int64_t table_stride;
+  int64_t block_stride;  // elements from one block of a pool to the next, and so on
+  int64_t head_stride;
+  int64_t position_stride;
   int64_t num_kv_heads;
   int64_t group;  // query heads per key/value head
   int64_t block_size;
   int64_t head_size;
   int64_t window;  // positions a token sees, itself included; 0: all
+  bool causal;     // no later positions
   float scale;     // of the scores, for exponentials of base 2
 };
 
@@ -42,6 +46,7 @@ struct AttendTile {
 };
 
 constexpr int64_t MAX_ROWS = 64;  // of a tile
+constexpr int64_t MAX_HEAD_SIZE = 256;
 constexpr int64_t PADDING = 16;   // floats of the widest vector: rows of sums are multiples of it
 // Keys are summed up in segments that start at multiples of SEGMENT, then segment after segment.
 // So a token's result has the same bits in whatever chunk, batch or thread it is computed.

@@ -4,7 +4,6 @@
 // (with bfloat16 arithmetic) two values that follow each other along the summed dimension.
 #pragma once
 
-#include "prefetch.h"
 #include "vector.h"
 
 namespace tessera {
@@ -44,8 +43,8 @@ struct Operands {
   bool add;       // c += a * b
 };
 
-template <typename Cell, int rows, int vectors>
-inline void multiply_block(const Operands<Cell>& x, Prefetcher& ahead) {
+template <typename Cell, int rows, int vectors, typename Ahead>
+inline void multiply_block(const Operands<Cell>& x, Ahead& ahead) {
   Floats sums[rows][vectors] = {};
   if (x.add) {
 #pragma GCC unroll 8
@@ -69,17 +68,18 @@ inline void multiply_block(const Operands<Cell>& x, Prefetcher& ahead) {
     for (int v = 0; v < vectors; v++) store(x.c + r * x.c_stride + v * LANES, sums[r][v]);
 }
 
-template <typename Cell, int vectors, int rows = ROWS>
-inline void multiply_rows(const Operands<Cell>& x, int64_t count, Prefetcher& ahead) {
+template <typename Cell, int vectors, int rows = ROWS, typename Ahead>
+inline void multiply_rows(const Operands<Cell>& x, int64_t count, Ahead& ahead) {
   if constexpr (rows > 1) {
     if (count < rows) return multiply_rows<Cell, vectors, rows - 1>(x, count, ahead);
   }
   multiply_block<Cell, rows, vectors>(x, ahead);
 }
 
-// `rows` and `columns` are the sizes of c; columns must be a multiple of LANES.
-template <typename Cell>
-void multiply(const Operands<Cell>& x, int64_t rows, int64_t columns, Prefetcher& ahead) {
+// `rows` and `columns` are the sizes of c; columns must be a multiple of LANES. `ahead` prefetches
+// while this multiplies.
+template <typename Cell, typename Ahead>
+void multiply(const Operands<Cell>& x, int64_t rows, int64_t columns, Ahead& ahead) {
   int64_t blocks = (rows + ROWS - 1) / ROWS;
   int64_t block_rows = blocks ? (rows + blocks - 1) / blocks : 0;  // 8 rows: 4 and 4, not 6 and 2
   for (int64_t column = 0; column < columns;) {

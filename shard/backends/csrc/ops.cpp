@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 
 #include "attend.h"
@@ -104,11 +105,16 @@ Tensor silu_mul(const Tensor& gate_up_TF, int64_t variant) {
   return out;
 }
 
+void check_head_size(int64_t head_size) {
+  TORCH_CHECK(head_size % 8 == 0 && head_size <= MAX_HEAD_SIZE,
+              "head size must be a multiple of 8 up to ", MAX_HEAD_SIZE, ", not ", head_size);
+}
+
 void check_cache(const Tensor& k_BKPH, const Tensor& v_BKPH, at::ScalarType type) {
   check_rows(k_BKPH, "keys", type);
   check_rows(v_BKPH, "values", type);
   TORCH_CHECK(k_BKPH.dim() == 4 && v_BKPH.sizes() == k_BKPH.sizes(), "the cache must be [B, K, P, H]");
-  TORCH_CHECK(k_BKPH.size(3) % 8 == 0, "head size must be a multiple of 8, not ", k_BKPH.size(3));
+  check_head_size(k_BKPH.size(3));
 }
 
 void check_range(const Tensor& indices, int64_t limit, const char* name) {
@@ -176,6 +182,26 @@ void check_step(const StepShape& step, const Tensor& q_TNH, const Tensor& tables
   TORCH_CHECK_INDEX(inside, "block ids must lie in [0, ", num_blocks, ")");
 }
 
+// What follows from the tensors; the block table and the mask are the caller's to fill in.
+template <typename T>
+AttendArgs<T> attend_args(T, const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_BKPH,
+                          const Tensor& out_TNH) {
+  AttendArgs<T> args{};
+  args.q_TNH = data<T>(q_TNH);
+  args.k_BKPH = data<T>(k_BKPH);
+  args.v_BKPH = data<T>(v_BKPH);
+  args.out_TNH = data<T>(out_TNH);
+  args.block_stride = k_BKPH.stride(0);
+  args.head_stride = k_BKPH.stride(1);
+  args.position_stride = k_BKPH.stride(2);
+  args.num_kv_heads = k_BKPH.size(1);
+  args.group = q_TNH.size(1) / args.num_kv_heads;
+  args.block_size = k_BKPH.size(2);
+  args.head_size = k_BKPH.size(3);
+  args.scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(args.head_size)));
+  return args;
+}
+
 // window 0: no window.
 Tensor attend_paged(const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_BKPH,
                     const Tensor& query_start_S1, const Tensor& context_lens_S,
@@ -196,15 +222,39 @@ Tensor attend_paged(const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_B
   check_step(step, q_TNH, block_tables_SM, k_BKPH);
   Tensor out_TNH = at::empty_like(q_TNH);
   with_type(q_TNH, [&](auto type) {
-    using T = decltype(type);
-    AttendArgs<T> args{
-        data<T>(q_TNH), data<T>(k_BKPH), data<T>(v_BKPH), data<T>(out_TNH),
-        data<int32_t>(block_tables_SM), block_tables_SM.size(1), kv_heads,
-        q_TNH.size(1) / kv_heads, k_BKPH.size(2), head_size, window,
-        static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(head_size)))};
+    auto args = attend_args(type, q_TNH, k_BKPH, v_BKPH, out_TNH);
+    args.block_tables_SM = data<int32_t>(block_tables_SM);
+    args.table_stride = block_tables_SM.size(1);
+    args.window = window;
+    args.causal = true;
     attend(kernels_of(variant), args, step);
   });
   return out_TNH;
+}
+
+// Each row of S is a sequence whose keys lie in one block of Q positions, where they are.
+Tensor attend_dense(const Tensor& q_SQNH, const Tensor& k_SQNH, const Tensor& v_SQNH,
+                    int64_t variant) {
+  check_rows(q_SQNH, "q", q_SQNH.scalar_type());
+  check_rows(k_SQNH, "k", q_SQNH.scalar_type());
+  check_rows(v_SQNH, "v", q_SQNH.scalar_type());
+  TORCH_CHECK(q_SQNH.dim() == 4 && k_SQNH.sizes() == q_SQNH.sizes() &&
+                  v_SQNH.sizes() == q_SQNH.sizes(),
+              "q, k and v must be [S, Q, N, H]");
+  check_head_size(q_SQNH.size(3));
+  int32_t rows = static_cast<int32_t>(q_SQNH.size(0)), length = static_cast<int32_t>(q_SQNH.size(1));
+  std::vector<int32_t> query_start(rows + 1), lengths(rows, length), blocks(rows);
+  for (int32_t s = 0; s <= rows; s++) query_start[s] = s * length;
+  std::iota(blocks.begin(), blocks.end(), 0);
+  Tensor out_SQNH = at::empty_like(q_SQNH);
+  with_type(q_SQNH, [&](auto type) {
+    auto args = attend_args(type, q_SQNH.flatten(0, 1), k_SQNH.transpose(1, 2),
+                            v_SQNH.transpose(1, 2), out_SQNH);
+    args.block_tables_SM = blocks.data();
+    args.table_stride = 1;
+    attend(kernels_of(variant), args, StepShape{query_start.data(), lengths.data(), rows});
+  });
+  return out_SQNH;
 }
 
 TORCH_LIBRARY(tessera_cpu, library) {
@@ -218,6 +268,7 @@ TORCH_LIBRARY(tessera_cpu, library) {
   library.def(
       "attend(Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_lens,"
       " Tensor block_tables, int window, int variant) -> Tensor");
+  library.def("attend_dense(Tensor q, Tensor k, Tensor v, int variant) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
@@ -225,6 +276,7 @@ TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
   library.impl("silu_mul", &silu_mul);
   library.impl("rotate_and_store", &rotate_and_store);
   library.impl("attend", &attend_paged);
+  library.impl("attend_dense", &attend_dense);
 }
 
 }  // namespace

@@ -9,34 +9,34 @@ namespace {
 
 constexpr int64_t LINE = 64;  // bytes that come together
 
+template <typename T>
 class Prefetcher {
  public:
-  // Rows at base + offsets[i] (bytes) of two pools; every row of the first comes first.
-  Prefetcher(const void* first_base, const void* second_base, const int64_t* offsets,
-             int64_t num_rows, int64_t row_bytes)
-      : base(static_cast<const char*>(first_base)),
-        second_base(static_cast<const char*>(second_base)), offsets(offsets),
-        num_rows(num_rows), row_bytes(row_bytes) {}
+  // Rows of `row_size` elements at offsets[i] of one pool, then of the next.
+  Prefetcher(const T* pool, const T* next_pool, const int64_t* offsets, int64_t num_rows,
+             int64_t row_size)
+      : pool(pool), next_pool(next_pool), offsets(offsets), num_rows(num_rows),
+        row_bytes(row_size * int64_t{sizeof(T)}) {}
 
-  void fetch(int lines) {
-    for (int i = 0; i < lines && row < num_rows; i++) {
-      __builtin_prefetch(base + offsets[row] + at);
+  void fetch(int64_t lines) {
+    for (int64_t i = 0; i < lines && row < num_rows; i++) {
+      __builtin_prefetch(reinterpret_cast<const char*>(pool + offsets[row]) + at);
       at += LINE;
       if (at >= row_bytes) next_row();
     }
   }
 
  private:
-  const char *base, *second_base;
+  const T *pool, *next_pool;
   const int64_t* offsets;
   int64_t num_rows, row_bytes;
   int64_t row = 0, at = 0;
 
   void next_row() {
     at = 0;
-    if (++row == num_rows && second_base) {
-      base = second_base;
-      second_base = nullptr;
+    if (++row == num_rows && next_pool) {
+      pool = next_pool;
+      next_pool = nullptr;
       row = 0;
     }
   }
