@@ -4,10 +4,46 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+
+# What `make setup` installs. TORCH_INDEX=URL takes torch from an index of its own, for instance
+# for a build without CUDA libraries.
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+EXTRAS ?= dev
+
+# `make run` serves the demo model, two shards on a CPU, at port 8000. Every setting is a variable:
+# `make run MODEL_ID=llava-hf/llava-v1.6-mistral-7b-hf NUM_SHARD=1 PORT=8080 DTYPE=bfloat16`.
+ONCE ?=
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z_-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed $(VENV)/.kernels  ## make the virtual environment and build the CPU kernels
+
+run: setup  ## start the server, ask it about a picture, serve on (ONCE=1: stop then)
+	@exec $(BIN)/python -m tessera.launcher.ask $(if $(filter-out 0 false,$(ONCE)),--once)
+
+# The stamps make a second call start at once; each step runs again when what it depends on changed.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Error: $(PYTHON) is older than 3.11; say make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "==> virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and pinned: the package needs it to build, and other versions are not tested.
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.made
+	@echo "==> $(TORCH)"
+	@$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@echo "==> tessera and what it needs"
+	@$(BIN)/python -m pip install 'setuptools>=77' wheel
+	@$(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]' '$(TORCH)'
+	@touch $@
+
+$(VENV)/.kernels: shard/backends/build.py $(wildcard shard/backends/csrc/*) $(VENV)/.installed
+	@echo "==> CPU kernels (C++, about a minute)"
+	@$(BIN)/python -m tessera.shard.backends.build
+	@touch $@
 
 typed:  ## the import layout that type checkers need (links in .typed/)
 	@mkdir -p .typed/tessera && for p in launcher proto router shard; do ln -sfn ../../$$p .typed/tessera/$$p; done

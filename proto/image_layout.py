@@ -167,14 +167,7 @@ def layout_from_config(config: Mapping[str, Any]) -> ImageLayout | None:
     model_type = config.get("model_type")
     if model_type not in ("llava", "llava_next"):
         return None
-    vision: Mapping[str, Any] = config.get("vision_config") or {}
-    # An absent vision_config means CLIP-L/14@336, an absent key in it CLIPVisionConfig's default.
-    tile = int(vision.get("image_size", 224 if vision else 336))
-    patch = int(vision.get("patch_size", 32 if vision else 14))
-    if patch < 1 or tile < patch or tile % patch:
-        raise ImageLayoutError(
-            f"vision_config.image_size={tile} must be a positive multiple of patch_size={patch}."
-        )
+    tile, patch = _tile_and_patch(config.get("vision_config") or {})
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise ImageLayoutError(
@@ -184,6 +177,20 @@ def layout_from_config(config: Mapping[str, Any]) -> ImageLayout | None:
         return CropLayout(tile, patch, strategy)
     pinpoints = config.get("image_grid_pinpoints") or LLAVA_NEXT_PINPOINTS
     return AnyResLayout(tile, patch, _checked_pinpoints(pinpoints, tile), strategy)
+
+
+def _tile_and_patch(vision: Any) -> tuple[int, int]:
+    if not isinstance(vision, Mapping):
+        raise ImageLayoutError(f"vision_config={vision!r} must be an object.")
+    # An absent vision_config means CLIP-L/14@336, an absent key in it CLIPVisionConfig's default.
+    tile = vision.get("image_size", 224 if vision else 336)
+    patch = vision.get("patch_size", 32 if vision else 14)
+    whole = isinstance(tile, int) and isinstance(patch, int)
+    if not whole or patch < 1 or tile < patch or tile % patch:
+        raise ImageLayoutError(
+            f"vision_config.image_size={tile} must be a positive multiple of patch_size={patch}."
+        )
+    return tile, patch
 
 
 def _checked_pinpoints(pinpoints: Any, tile: int) -> tuple[tuple[int, int], ...]:
@@ -196,7 +203,8 @@ def _checked_pinpoints(pinpoints: Any, tile: int) -> tuple[tuple[int, int], ...]
     for pair in pairs:
         if min(pair) < tile or pair[0] % tile or pair[1] % tile:
             raise ImageLayoutError(
-                f"image_grid_pinpoints has {list(pair)}; both must be multiples of image_size={tile}."
+                f"image_grid_pinpoints has {list(pair)}; both must be multiples of "
+                f"image_size={tile}."
             )
     return pairs
 

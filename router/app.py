@@ -1,5 +1,6 @@
 """The ASGI application: every dependency comes in here, none from a module global."""
 
+import logging
 import time
 from importlib.metadata import version
 
@@ -24,6 +25,8 @@ from tessera.router.settings import RouterSettings
 from tessera.router.ticket import Desk
 from tessera.router.validation import Validator
 
+logger = logging.getLogger(__name__)
+
 
 def create_app(
     settings: RouterSettings,
@@ -41,7 +44,8 @@ def create_app(
     info = ServerInfo(
         settings=settings,
         model_name=settings.served_model_name or settings.model_id or files.folder.name,
-        has_vision=files.layout is not None,
+        model_sha=files.sha,
+        pipeline_tag=files.pipeline_tag,
         version=version("tessera"),
         started_at=int(time.time()),
     )
@@ -80,6 +84,8 @@ def _middleware(settings: RouterSettings) -> list[Middleware]:
 
 async def _on_router_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RouterError)  # registered for nothing else
+    if error.status == 500:
+        logger.error("request %s: %s", request.state.request_id, error)
     return error_reply(error, _path(request))
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -73,7 +74,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[str],
+        events: AsyncGenerator[str],
         on_end: Callable[[], None],
         headers: dict[str, str],
         keep_alive_s: float = KEEP_ALIVE_S,
@@ -109,8 +110,9 @@ class EventStream(Response):
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         self._open = True
-        async for text in self._events:
-            await self._send(send, text.encode("ascii"))
+        async with aclosing(self._events) as events:
+            async for text in events:
+                await self._send(send, text.encode("ascii"))
         async with self._sending:
             self._open = False
             await send({"type": "http.response.body", "body": b"", "more_body": False})

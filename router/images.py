@@ -221,8 +221,9 @@ def _centre(picture: Image.Image, plan: ImagePlan) -> Image.Image:
 def _centre_of_ribbon(picture: Image.Image, plan: ImagePlan) -> Image.Image:
     """`_centre` of a picture too elongated to be resized whole (1 x 65,535 would be 7 gigapixels).
 
-    Only the part of the source under the crop is resized. Its edges fall between pixels, so a
-    colour may differ by one level from what resizing the whole would give.
+    Only the part of the source under the crop is resized. Its edges fall between pixels, and Pillow
+    may choose another order of its two passes, so colours differ a little from resizing the whole:
+    mostly by one level, more on noise.
     """
     (height, width), (side, _) = plan.resized, plan.canvas
     top, left = -plan.offset[0], -plan.offset[1]

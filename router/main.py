@@ -24,6 +24,7 @@ from tessera.proto.lifeline import die_with_parent
 from tessera.proto.logs import configure_logging
 from tessera.router.app import create_app
 from tessera.router.blocks import BlockPool
+from tessera.router.chat_template import ChatTemplate
 from tessera.router.core import Core
 from tessera.router.limits import scheduler_limits, serving_limits, warmup_request
 from tessera.router.metrics import Metrics
@@ -62,11 +63,13 @@ def main() -> None:
 async def _serve(settings: RouterSettings) -> int:
     """Serve until a signal drains the server or the shards are lost."""
     files = ModelFiles.read(Path(settings.model_id))
-    tokenizer = Tokenizer.from_folder(files.folder, _optional_path(settings.tokenizer_config_path))
+    config_path = _optional_path(settings.tokenizer_config_path)
+    tokenizer = Tokenizer.from_folder(files.folder, config_path)
+    template = ChatTemplate.from_folder(files.folder, config_path)
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
     core = Core(shards, tokenizer, files.eos_ids, metrics)
-    validator = Validator(settings, core, tokenizer, files)
+    validator = Validator(settings, core, tokenizer, files, template)
     app = create_app(settings, core, validator, files, metrics)
     server = _Server(_server_config(app, settings))
     loop = asyncio.get_running_loop()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,8 @@ class NativeApi:
     async def tokenize(self, request: HttpRequest) -> Response:
         """POST /tokenize: the ids of `inputs` with their text and place in it."""
         body = await read_body(request, GenerateBody)
-        spans = await unless_client_leaves(request, self.validator.tokenize(body.inputs))
+        with self.desk.place():
+            spans = await unless_client_leaves(request, self.validator.tokenize(body.inputs))
         return Json(
             [
                 {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
@@ -217,7 +218,7 @@ async def _stream_events(
     options: GenerateParameters,
     full_text: bool,
     ticket: Ticket,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """The text of the events; a failure is told as the last one."""
     wants_full = _wants_full_text(options, full_text)
     index = 0

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,7 @@ async def _stream_events(
     generations: Sequence[Generation],
     writer: ChunkWriter,
     ticket: Ticket,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
     completions = []
     try:

@@ -73,7 +73,7 @@ def _byte_level(name: str) -> str | bytes:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet (its `bytes_to_unicode`): printable bytes as they are, others from 256 on."""
+    """GPT-2's alphabet, its `bytes_to_unicode`: printable bytes as they are, others from 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

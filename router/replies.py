@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tessera.router.errors import OverloadedError, RouterError, ValidationError
+from tessera.router.errors import NotReadyError, OverloadedError, RouterError, ValidationError
 from tessera.router.event_stream import to_json
 
 RETRY_AFTER_S = 1
@@ -61,7 +61,7 @@ def error_reply(error: RouterError, path: str) -> Response:
     """The reply to a request that failed before its reply began."""
     body = openai_error(error) if is_openai_path(path) else native_error(error)
     headers = {}
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | NotReadyError):
         headers["retry-after"] = str(RETRY_AFTER_S)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -1,10 +1,11 @@
 """What the server says about itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tessera.router.errors import NotReadyError
 from tessera.router.generation import Generator
+from tessera.router.model_files import PipelineTag
 from tessera.router.settings import RouterSettings
 
 
@@ -15,20 +16,14 @@ class ServerInfo:
     settings: RouterSettings
     model_name: str  # what replies carry as `model`
     model_sha: str | None  # of the checkpoint, where it came from the hub
-    has_vision: bool
+    pipeline_tag: PipelineTag  # the hub's name for what the model does
     version: str
     started_at: int  # Unix time, seconds
-    router: str = field(default="tessera-router")
-
-    @property
-    def pipeline_tag(self) -> str:
-        """The hub's name for what the model does."""
-        return "image-text-to-text" if self.has_vision else "text-generation"
 
     @property
     def default_full_text(self) -> bool:
         """Whether POST / repeats the prompt when the client does not say."""
-        return not self.has_vision
+        return self.pipeline_tag == "text-generation"
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +47,7 @@ class ServerInfo:
             "max_stop_sequences": settings.max_stop_sequences,
             "validation_workers": settings.validation_workers,
             "max_client_batch_size": settings.max_client_batch_size,
-            "router": self.router,
+            "router": "tessera-router",
             "version": self.version,
             "sha": None,
             "docker_label": None,

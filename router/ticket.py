@@ -126,6 +126,19 @@ class Desk:
         if not ticket.kept:
             ticket.close()
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A permit for work that is no generation.
+
+        Raises:
+            OverloadedError: too many requests are inside already.
+        """
+        self._admission.take(1)
+        try:
+            yield
+        finally:
+            self._admission.give_back(1)
+
 
 def _failure_kind(error: BaseException) -> FailureKind:
     match error:

@@ -70,6 +70,13 @@ async def merge(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, T
     finally:
         for task in pending:
             task.cancel()
+            task.add_done_callback(_forget)
+
+
+def _forget(task: "asyncio.Future[TokenEvent]") -> None:
+    """Take note of how a task ended, which asyncio would otherwise complain about."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def started(

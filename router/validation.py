@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.router import rules
+from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import ValidationError
 from tessera.router.generation import Generator, ServingLimits
 from tessera.router.model_files import ModelFiles
@@ -53,12 +54,13 @@ class Validator:
         generator: Generator,
         tokenizer: Tokenizer,
         files: ModelFiles,
+        template: ChatTemplate | None,
     ) -> None:
         """`generator` is asked for its limits per request: they are known after the warm-up."""
         self._settings = settings
         self._generator = generator
         self._vocab_size = files.vocab_size
-        self._prompts = PromptBuilder(settings, tokenizer, files)
+        self._prompts = PromptBuilder(settings, tokenizer, files, template)
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""

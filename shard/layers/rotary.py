@@ -44,9 +44,10 @@ class Rotary:
         Raises:
             CheckpointError: a kind that is not known, a missing or unusable number.
         """
-        values: Mapping[str, Any] = (
-            config.get("rope_scaling") or config.get("rope_parameters") or {}
-        )
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        values = config.get(key) or {}
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{key}={values!r} in config.json must be an object")
         kind = values.get("rope_type", values.get("type", "default"))
         if kind not in KINDS:
             raise CheckpointError(
@@ -59,10 +60,10 @@ class Rotary:
         positions = int(_number(config, "max_position_embeddings", None))
         if kind == "default":
             return cls(kind, theta, positions, positions)
-        original = config.get("original_max_position_embeddings")
-        if original is None:
-            original = values.get("original_max_position_embeddings") or positions
-        return _SCALED[kind](values, theta, int(original), positions)
+        trained = "original_max_position_embeddings"
+        # Where both are given, the one beside the rotary parameters counts (transformers 5.23).
+        place = config if config.get(trained) is not None else values
+        return _SCALED[kind](values, theta, int(_number(place, trained, positions)), positions)
 
 
 def cos_sin_table(rotary: Rotary, head_size: int) -> Tensor:
@@ -150,17 +151,17 @@ def _llama3(values: Mapping[str, Any], theta: float, original: int, positions: i
 def _yarn(values: Mapping[str, Any], theta: float, original: int, positions: int) -> Rotary:
     factor = values.get("factor")
     factor = positions / original if factor is None else _number(values, "factor", None)
-    attention = values.get("attention_factor")
+    attention = _yarn_attention(values, factor)
     return Rotary(
         "yarn",
         theta,
         original,
         max(positions, int(original * factor)),
         factor,
-        beta_fast=values.get("beta_fast") or 32,
-        beta_slow=values.get("beta_slow") or 1,
+        beta_fast=_number(values, "beta_fast", 32),
+        beta_slow=_number(values, "beta_slow", 1),
         truncate=bool(values.get("truncate", True)),
-        attention_factor=_yarn_attention(values, factor) if attention is None else attention,
+        attention_factor=_number(values, "attention_factor", attention),
     )
 
 
@@ -185,7 +186,7 @@ def _number(values: Mapping[str, Any], key: str, default: float | None) -> float
     Raises:
         CheckpointError: it is absent without a default, or no positive number.
     """
-    value = values.get(key, default)
+    value = default if values.get(key) is None else values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(f"{key}={value!r} in the rotary embedding must be a positive number")
     return value

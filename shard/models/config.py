@@ -274,7 +274,10 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: transformers 5.23, `LlavaConfig.__post_init__`, listens to the text model's as well.
     """
-    text = dict(config.get("text_config") or {})
+    text = config.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"text_config={text!r} in config.json must be an object")
+    text = dict(text)
     text.setdefault("model_type", "llama")
     tied = bool(config.get("tie_word_embeddings", False))
     if config.get("model_type") == "llava":

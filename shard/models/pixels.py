@@ -39,10 +39,14 @@ class PixelScale:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "PixelScale":
         """The keys of an image processor's configuration; absent ones mean CLIP's values."""
-        rescale = float(config.get("rescale_factor", 1 / 255))
         normalised = config.get("do_normalize", True)
+        rescale = config.get("rescale_factor", 1 / 255)
+        if isinstance(rescale, bool) or not isinstance(rescale, int | float):
+            raise CheckpointError(
+                f"rescale_factor={rescale!r} in preprocessor_config.json must be a number"
+            )
         return cls(
-            rescale=rescale if config.get("do_rescale", True) else 1.0,
+            rescale=float(rescale) if config.get("do_rescale", True) else 1.0,
             mean=_three(config, "image_mean", CLIP_MEAN) if normalised else (0.0, 0.0, 0.0),
             std=_three(config, "image_std", CLIP_STD) if normalised else (1.0, 1.0, 1.0),
         )

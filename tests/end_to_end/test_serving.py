@@ -91,9 +91,11 @@ def test_streamed_texts_concatenate_to_the_whole(stack: Stack) -> None:
 
 def test_a_client_that_leaves_frees_its_blocks(stack: Stack) -> None:
     before = stack.metric(USED_TOKENS)
-    body = {"inputs": prompt(2), "parameters": {"max_new_tokens": 300}}
+    body = {"inputs": prompt(7), "parameters": {"max_new_tokens": 400}}
     with httpx.stream("POST", f"{stack.url}/generate_stream", json=body, timeout=60) as reply:
-        next(reply.iter_lines())
+        assert reply.status_code == 200
+        lines = reply.iter_lines()  # closes the connection when it is dropped
+        next(lines)
         assert stack.metric(USED_TOKENS) > before
     stack.wait_metric(USED_TOKENS, before)
     assert stack.metric("tgi_batch_current_size") == 0

@@ -25,8 +25,8 @@ from tessera.router.request import (
 )
 
 LIMITS = ServingLimits(
-    max_input_tokens=48,
-    max_total_tokens=64,
+    max_input_tokens=480,
+    max_total_tokens=512,
     max_batch_prefill_tokens=64,
     max_batch_total_tokens=1024,
     max_batch_size=8,
@@ -198,5 +198,3 @@ def disconnecting(
                 raise OSError("client left")
 
     return receive, send
-
-

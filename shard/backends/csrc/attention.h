@@ -83,7 +83,9 @@ class TileAttention {
       origin = start;
       first = first_key > start ? first_key - start : 0;
       last = last_key - start < KEYS ? last_key - start : KEYS;
-      next_last = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
+      num_next = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
+      locate(start, last, offsets);
+      locate(start + KEYS, num_next, next_offsets);
       int64_t columns = (last + LANES - 1) / LANES * LANES;
       pack_keys(columns);
       multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns);
@@ -104,19 +106,24 @@ class TileAttention {
   float* scores;
   int64_t origin = 0;           // position of the first of these KEYS
   int64_t first = 0, last = 0;  // those taken, counted from origin
-  int64_t next_last = 0;        // the same of the next KEYS
+  int64_t num_next = 0;         // of the next KEYS
+  int64_t offsets[KEYS], next_offsets[KEYS];
 
-  // Where the key and the value of a position lie in their pools.
-  int64_t offset_of_key(int64_t position) const {
-    int64_t block = args.block_tables_SM[tile.sequence * args.table_stride +
-                                         position / args.block_size];
-    return ((block * args.num_kv_heads + tile.kv_head) * args.block_size +
-            position % args.block_size) * args.head_size;
+  // Where the keys and values at origin, origin + 1, ... lie in their pools.
+  void locate(int64_t origin, int64_t count, int64_t (&offsets)[KEYS]) const {
+    const int32_t* table = args.block_tables_SM + tile.sequence * args.table_stride;
+    int64_t index = origin / args.block_size, in_block = origin % args.block_size;
+    for (int64_t key = 0; key < count; key++) {
+      int64_t head = table[index] * args.num_kv_heads + tile.kv_head;
+      offsets[key] = (head * args.block_size + in_block) * args.head_size;
+      if (++in_block == args.block_size) index++, in_block = 0;
+    }
   }
 
-  void prefetch(const T* pool, int64_t key) const {
-    if (key >= KEYS + next_last) return;
-    auto* row = reinterpret_cast<const char*>(pool + offset_of_key(origin + key));
+  // Asks for a row of the next KEYS, while this one is worked on.
+  void prefetch_next(const T* pool, int64_t key) const {
+    if (key >= num_next) return;
+    auto* row = reinterpret_cast<const char*>(pool + next_offsets[key]);
     for (int64_t at = 0; at < args.head_size * int64_t{sizeof(T)}; at += 64) {
       __builtin_prefetch(row + at);
     }
@@ -144,8 +151,8 @@ class TileAttention {
       const T* keys[LANES];
       for (int i = 0; i < LANES; i++) {
         int64_t key = column + i < first ? first : column + i < last ? column + i : last - 1;
-        keys[i] = args.k_BKPH + offset_of_key(origin + key);
-        prefetch(args.k_BKPH, KEYS + column + i);
+        keys[i] = args.k_BKPH + offsets[key];
+        prefetch_next(args.k_BKPH, column + i);
       }
       for_each_span(depth, [&](Span span) {
         Floats cells[LANES];
@@ -164,8 +171,8 @@ class TileAttention {
       const T* rows[VALUES];
       for (int i = 0; i < VALUES; i++) {
         bool taken = first <= key + i && key + i < last;
-        rows[i] = taken ? args.v_BKPH + offset_of_key(origin + key + i) : nullptr;
-        prefetch(args.v_BKPH, KEYS + key + i);
+        rows[i] = taken ? args.v_BKPH + offsets[key + i] : nullptr;
+        prefetch_next(args.v_BKPH, key + i);
       }
       Type* to_row = v + key / VALUES * width;
       for (int64_t at = 0; at < width; at += LANES) {

@@ -32,7 +32,7 @@ class Prompt:
 
 
 @dataclass
-class Sequence_:
+class LiveSequence:
     """A prompt in flight: what it will be fed, how much of it the cache holds."""
 
     prompt: Prompt
@@ -60,7 +60,7 @@ class Runner:
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5))
         self._free: list[int] = order.tolist()
 
-    def start(self, prompt: Prompt, room: int = 0) -> Sequence_:
+    def start(self, prompt: Prompt, room: int = 0) -> LiveSequence:
         """A sequence with blocks for its prompt and `room` more tokens; encodes its images."""
         count = -(-(len(prompt.ids) + room) // BLOCK_SIZE)
         blocks = [self._free.pop() for _ in range(count)]
@@ -68,13 +68,13 @@ class Runner:
         if prompt.images:
             features = torch.cat(self.model.encode_images(prompt.images))
             assert features.shape[0] == prompt.ids.count(prompt.image_token)
-        return Sequence_(prompt, list(prompt.ids), blocks, features)
+        return LiveSequence(prompt, list(prompt.ids), blocks, features)
 
-    def end(self, sequence: Sequence_) -> None:
+    def end(self, sequence: LiveSequence) -> None:
         """Give the blocks back."""
         self._free.extend(sequence.blocks)
 
-    def step(self, work: Sequence[tuple[Sequence_, int]]) -> list[Tensor]:
+    def step(self, work: Sequence[tuple[LiveSequence, int]]) -> list[Tensor]:
         """Compute the next tokens of each sequence; hidden states [tokens, D] of each."""
         ids = [s.ids[s.length : s.length + count] for s, count in work]
         layout = self._layout(work)
@@ -86,7 +86,7 @@ class Runner:
             sequence.length += count
         return list(torch.split(hidden_TD, [count for _, count in work]))
 
-    def _splice(self, x_TD: Tensor, sequence: Sequence_, count: int) -> None:
+    def _splice(self, x_TD: Tensor, sequence: LiveSequence, count: int) -> None:
         if sequence.features is None:
             return
         ids = torch.tensor(sequence.ids[: sequence.length + count])
@@ -98,7 +98,7 @@ class Runner:
         wanted = sequence.features[before : before + int(here.sum())]
         x_TD[here] = wanted.to(x_TD.dtype)
 
-    def _layout(self, work: Sequence[tuple[Sequence_, int]]) -> StepLayout:
+    def _layout(self, work: Sequence[tuple[LiveSequence, int]]) -> StepLayout:
         positions, slots, starts, contexts = [], [], [0], []
         for sequence, count in work:
             for position in range(sequence.length, sequence.length + count):
@@ -149,8 +149,8 @@ class Runner:
         """`count` greedy ids for each prompt. A prompt joins one step after the one before it, so
         steps mix prefill with decoding."""
         waiting = list(prompts)
-        running: list[Sequence_] = []
-        done: list[Sequence_] = []
+        running: list[LiveSequence] = []
+        done: list[LiveSequence] = []
         while waiting or running:
             if waiting:
                 running.append(self.start(waiting.pop(0), room=count))

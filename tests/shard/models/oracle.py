@@ -52,7 +52,8 @@ class Oracle:
         auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(self.folder, dtype=self._dtype, output_loading_info=True)
         assert not info["missing_keys"], info
-        if self.config.get("vision_feature_select_strategy") == "full":
+        full = self.config.get("vision_feature_select_strategy") == "full"
+        if full and self.config["model_type"] == "llava_next":
             model.model.pack_image_features = _packing_full(model.model)
         return model.eval()
 

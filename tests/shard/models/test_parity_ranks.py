@@ -1,4 +1,4 @@
-"""Several ranks give the logits of one: as processes over gloo, and as threads for the odd sizes."""
+"""Several ranks give the logits of one: as processes over gloo, as threads for the odd sizes."""
 
 import os
 import subprocess

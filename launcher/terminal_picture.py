@@ -1,0 +1,31 @@
+"""A picture as coloured half blocks, so that a terminal shows what the model was asked about."""
+
+from pathlib import Path
+
+from PIL import Image
+
+UPPER_HALF = "\u2580"
+RESET = "\x1b[0m"
+
+
+def half_blocks(path: Path, columns: int = 40) -> str:
+    """Lines of half blocks: two pixels per character, the upper one as its ink."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    rows = max(1, round(columns * picture.height / picture.width / 2))
+    small = picture.resize((columns, 2 * rows), Image.Resampling.BOX)
+    data = small.tobytes()
+    pixels = [tuple(data[i : i + 3]) for i in range(0, len(data), 3)]
+    lines = []
+    for row in range(rows):
+        upper = pixels[2 * row * columns : (2 * row + 1) * columns]
+        lower = pixels[(2 * row + 1) * columns : (2 * row + 2) * columns]
+        cells = (_cell(*pair) for pair in zip(upper, lower, strict=True))
+        lines.append("".join(cells) + RESET)
+    return "\n".join(lines)
+
+
+def _cell(upper: tuple[int, ...], lower: tuple[int, ...]) -> str:
+    ink = ";".join(map(str, upper))
+    paper = ";".join(map(str, lower))
+    return f"\x1b[38;2;{ink};48;2;{paper}m{UPPER_HALF}"

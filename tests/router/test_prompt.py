@@ -1,0 +1,139 @@
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tessera.router.prompt import (
+    ImagePart,
+    Part,
+    PlacedPart,
+    SeparateImage,
+    TextPart,
+    parse_inputs,
+    place_separate_images,
+)
+
+URI = "data:image/png;base64,iVBORw0K"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ("What is a pixel?", [TextPart("What is a pixel?")]),
+        ("<image>iVBORw0K</image>\nQ", [ImagePart("iVBORw0K"), TextPart("\nQ")]),
+        (f"<image>{URI}</image>Q", [ImagePart(URI), TextPart("Q")]),
+        ("<image>iVBO\nRw0K\n</image>", [ImagePart("iVBO\nRw0K\n")]),
+        (f"User:![]({URI})Why?", [TextPart("User:"), ImagePart(URI), TextPart("Why?")]),
+        (f"![a cat]({URI})Why?", [ImagePart(URI), TextPart("Why?")]),
+        ("![](http://a.b/c.png)", [ImagePart("http://a.b/c.png")]),
+        ("![x](https://a.b/c_(d).png)!", [ImagePart("https://a.b/c_(d).png"), TextPart("!")]),
+        ("![](/etc/passwd)", [ImagePart("/etc/passwd")]),
+        (f"![]({URI})![]({URI})", [ImagePart(URI), ImagePart(URI)]),
+        (f"![]({URI})<image>QUJD</image>", [ImagePart(URI), ImagePart("QUJD")]),
+    ],
+)
+def test_spellings(inputs: str, parts: list[Part]) -> None:
+    assert parse_inputs(inputs) == parts
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "[INST] <image>\nWhat is shown? [/INST]",
+        "close it with </image> in the end",
+        "write ![logo](logo.png) in markdown",
+        "![open](",
+        "![](never closed",
+        "<image>a < b</image>",
+        "a![b",
+        "![a]b",
+        "[a](http://b)",
+    ],
+)
+def test_other_text_stays_text(inputs: str) -> None:
+    assert parse_inputs(inputs) == [TextPart(inputs)]
+
+
+def test_nothing_is_no_part() -> None:
+    assert parse_inputs("") == []
+
+
+def test_first_of_two_openings_is_text() -> None:
+    assert parse_inputs("<image> and <image>QUJD</image>") == [
+        TextPart("<image> and "),
+        ImagePart("QUJD"),
+    ]
+
+
+def test_sources_stay_out_of_representations() -> None:
+    assert "QUJD" not in repr(parse_inputs("<image>QUJD</image>"))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["![", "![](", "![]((", "![[", "![]()", "<image>", "<image", "![a](b(", "!", "![](x)(", "![\\]("],
+)
+def test_time_is_linear_in_hostile_prompts(unit: str) -> None:
+    def seconds(length: int) -> float:
+        text = unit * (length // len(unit))
+        start = time.process_time()
+        parse_inputs(text)
+        return time.process_time() - start
+
+    assert seconds(2_000_000) < 3  # quadratic time would be hours
+
+
+def test_20_megabytes_of_picture() -> None:
+    data = "A" * 20_000_000
+    start = time.process_time()
+    assert parse_inputs(f"![](data:;base64,{data}) and <image>{data}</image>")[0] == ImagePart(
+        f"data:;base64,{data}"
+    )
+    assert time.process_time() - start < 3
+
+
+@given(
+    st.lists(
+        st.sampled_from(["![", "](", ")", "<image>", "</image>", "data:", "x", "(", "[", "]", "\n"]),
+        max_size=30,
+    ).map("".join)
+)
+def test_no_character_of_text_is_lost(inputs: str) -> None:
+    rest = inputs
+    for part in parse_inputs(inputs):
+        piece = part.text if isinstance(part, TextPart) else part.source
+        before, found, rest = rest.partition(piece)
+        assert found == piece
+        assert isinstance(part, ImagePart) or before in ("", ")", "</image>")
+    assert rest in ("", ")", "</image>")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "placed"),
+    [
+        ("Q", 0, [TextPart("Q")]),
+        ("Q", 1, [SeparateImage(0), TextPart("Q")]),
+        ("A <image>\nQ", 1, [TextPart("A "), SeparateImage(0), TextPart("\nQ")]),
+        ("<image><image>", 2, [SeparateImage(0), SeparateImage(1)]),
+        ("<image>Q", 0, [TextPart("<image>Q")]),
+        ("<image>Q", 2, [SeparateImage(0), SeparateImage(1), TextPart("<image>Q")]),
+        ("<image>Q<image>", 1, [SeparateImage(0), TextPart("<image>Q<image>")]),
+    ],
+)
+def test_places_of_separate_images(text: str, num_images: int, placed: list[PlacedPart]) -> None:
+    assert place_separate_images([TextPart(text)], num_images) == placed
+
+
+def test_written_pictures_keep_their_places() -> None:
+    parts = parse_inputs(f"A<image>B![]({URI})C<image>D")
+    assert place_separate_images(parts, 2) == [
+        TextPart("A"),
+        SeparateImage(0),
+        TextPart("B"),
+        ImagePart(URI),
+        TextPart("C"),
+        SeparateImage(1),
+        TextPart("D"),
+    ]
+    assert place_separate_images(parts, 1) == [SeparateImage(0), *parts]
