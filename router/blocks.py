@@ -7,6 +7,7 @@ are reused in the order in which they were let go, those without content first.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 class BlockPool:
@@ -54,6 +55,10 @@ class BlockPool:
             self._holders[block] = self._holders.get(block, 0) + 1
             found.append(block)
         return found
+
+    def count_findable(self, keys: Iterable[bytes]) -> int:
+        """How many blocks `match` would hold."""
+        return sum(1 for _ in takewhile(self._block_of.__contains__, keys))
 
     def publish(self, block_id: int, key: bytes) -> None:
         """Make a held, full block findable. A twin that is findable already stays the one."""
