@@ -35,7 +35,7 @@ from tessera.proto.env import size_text
 from tessera.proto.lifeline import die_with_parent
 from tessera.proto.logs import configure_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tessera.launcher")
 
 # Weights as safetensors, settings, tokenizers and templates; no pickles and no programs.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")

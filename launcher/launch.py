@@ -27,7 +27,7 @@ from tessera.launcher.settings import Settings
 from tessera.launcher.shared_memory import check_shared_memory, shared_memory_bytes
 from tessera.launcher.supervisor import Child, Events, StopRequested, Supervisor, signals_to
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tessera.launcher")
 
 READY = "ready"  # the line with which the router reports
 STOP_GRACE_S = 5.0  # for a process that has nothing to finish

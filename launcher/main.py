@@ -17,7 +17,7 @@ from tessera.proto.env import SettingsError, process_environment, shown
 from tessera.proto.lifeline import die_with_parent
 from tessera.proto.logs import FLUSH_S, configure_logging, escaped
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tessera.launcher")
 
 STDERR = 2
 

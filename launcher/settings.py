@@ -33,6 +33,28 @@ DEFAULT_HOSTNAME = "0.0.0.0"
 # Other names of the environment files that this server is deployed with.
 FOREIGN = frozenset({"MODEL_NAME", "TGI_VERSION"})
 
+# What text-generation-inference has and this server has not, and why a deployment can do without.
+ABSENT = {
+    "TRUST_REMOTE_CODE": "no code from a model's folder is ever run",
+    "SPECULATE": "there is no speculative decoding; drop it, answers stay the same",
+    "LORA_ADAPTERS": "adapters are not supported; merge them into the model",
+    "KV_CACHE_DTYPE": "the cache has the model's dtype",
+    "CUDA_GRAPHS": "which graphs are used is decided at warm-up",
+    "DISABLE_CUSTOM_KERNELS": "set BACKEND=reference for plain operations",
+    "PROMETHEUS_PORT": "metrics are at /metrics of the HTTP port",
+    "OTLP_ENDPOINT": "there is no tracing; metrics are at /metrics",
+    "OTLP_SERVICE_NAME": "there is no tracing; metrics are at /metrics",
+    "USAGE_STATS": "no usage statistics are collected",
+    "ENABLE_PREFILL_LOGPROBS": "they are always available",
+    "ROPE_SCALING": "it is read from the model's config.json",
+    "ROPE_FACTOR": "it is read from the model's config.json",
+    "WATERMARK_GAMMA": "answers are not watermarked",
+    "WATERMARK_DELTA": "answers are not watermarked",
+    "NGROK": "there is no tunnel",
+    "NGROK_AUTHTOKEN": "there is no tunnel",
+    "NGROK_EDGE": "there is no tunnel",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherSettings:
@@ -84,14 +106,17 @@ class Settings:
         Raises:
             SettingsError: a value is unusable. The message says what to change.
         """
-        flags = parse_flags(PROGRAM, DESCRIPTION, CLASSES, arguments, internal=False)
+        flags = parse_flags(PROGRAM, DESCRIPTION, CLASSES, arguments, internal=False, absent=ABSENT)
         merged = dict(environ)
         if path := flags.get("ENV_FILE") or environ.get("ENV_FILE"):
             merged = merged_environment(read_env_file(Path(path)), _given(environ), *CLASSES)
         merged = merged_environment(merged, flags, *CLASSES)
         for name in _internal_names():
             merged.pop(name, None)  # of an outer launcher, torchrun or MPI: not meant for us
-        warnings = near_misses(merged, environment_names(*CLASSES) | FOREIGN)
+        warnings = near_misses(merged, environment_names(*CLASSES) | FOREIGN | ABSENT.keys())
+        warnings += [
+            f"{name} is not used: {reason}." for name, reason in ABSENT.items() if merged.get(name)
+        ]
         warnings += _check_hostname(merged, is_flag="HOSTNAME" in flags)
         return cls(
             read_settings(LauncherSettings, merged),

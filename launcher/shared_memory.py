@@ -23,10 +23,11 @@ def check_shared_memory(wanted: int | None, kind: str, world_size: int, total: i
         needed = NCCL_BYTES if kind == "cuda" else HOST_BYTES
     if total >= needed or (wanted is None and total == 0):
         return ""
-    said = f"SHM_SIZE={size_text(needed)}" if wanted else f"{world_size} shards"
+    flag = size_text(needed).removesuffix("iB").replace(" ", "").lower()
+    who = "SHM_SIZE asks for" if wanted else f"{world_size} shards need"
     return (
-        f"/dev/shm has {size_text(total)} but {said} asks for {size_text(needed)}; start the "
-        f"container with --shm-size {size_text(needed).replace(' ', '').replace('iB', '').lower()}."
+        f"{who} {size_text(needed)} of shared memory but /dev/shm has {size_text(total)}; start "
+        f"the container with --shm-size {flag}."
     )
 
 

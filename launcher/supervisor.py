@@ -23,7 +23,7 @@ from tessera.launcher.errors import LaunchError
 from tessera.launcher.plan import ProcessSpec
 from tessera.proto.logs import CHILD, escaped
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tessera.launcher")
 
 MAX_LINE_BYTES = 16_384  # longer ones are cut into pieces
 TAIL_LINES = 20

@@ -190,6 +190,7 @@ def parse_flags(
     arguments: Sequence[str],
     *,
     internal: bool = True,
+    absent: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Command-line flags as environment variables, so that one reader checks both.
 
@@ -197,9 +198,11 @@ def parse_flags(
 
     Args:
         internal: also offer the settings that only the launcher gives to its children.
+        absent: settings of other servers that this one does not have, with the reason to tell.
     """
     usage = "%(prog)s [--flag VALUE]... (each flag is also an environment variable)"
     parser = _Parser(prog=program, description=description, usage=usage, allow_abbrev=False)
+    parser.absent = {_flag(name): reason for name, reason in (absent or {}).items()}
     seen: set[str] = set()
     for cls in classes:
         group = parser.add_argument_group(_heading(cls))
@@ -290,13 +293,16 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
+
+
 def _heading(cls: type[Any]) -> str:
     return (cls.__doc__ or cls.__name__).splitlines()[0].split(".")[0]
 
 
 def _add_flag(group: Any, field: str, default: Any, spec: SettingSpec) -> None:
-    names = ["--" + field.replace("_", "-")]
-    names += ["--" + alias.lower().replace("_", "-") for alias in spec.aliases]
+    names = [_flag(name) for name in (field, *spec.aliases)]
     plain = "" if default in (None, "", ()) else f" [default: {_as_text(default)}]"
     variables = ", ".join((field.upper(), *spec.aliases))
     text = f"{spec.doc}{plain} [env: {variables}]".replace("%", "%%")
@@ -311,6 +317,8 @@ def _add_flag(group: Any, field: str, default: Any, spec: SettingSpec) -> None:
 class _Parser(argparse.ArgumentParser):
     """argparse, but an unknown flag is answered with the nearest known one."""
 
+    absent: Mapping[str, str]  # flags of other servers, with the reason for not having them
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -320,10 +328,13 @@ class _Parser(argparse.ArgumentParser):
     def _complaint(self, argument: str) -> str:
         if not argument.startswith("-"):
             return f"{argument!r} stands alone; every value follows its flag. See --help."
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(argument.split("=")[0], flags, n=1, cutoff=0.5)
+        flag = argument.split("=")[0]
+        if flag in self.absent:
+            return f"there is no {flag} here: {self.absent[flag]}."
+        flags = [known for action in self._actions for known in action.option_strings]
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "See --help."
-        return f"there is no {argument.split('=')[0]}. {hint}"
+        return f"there is no {flag}. {hint}"
 
 
 def process_environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -43,7 +44,7 @@ def create_app(
     desk = Desk(generator, Admission(settings.max_concurrent_requests), metrics)
     info = ServerInfo(
         settings=settings,
-        model_name=settings.served_model_name or settings.model_id or files.folder.name,
+        model_name=_model_name(settings, files),
         model_sha=files.sha,
         pipeline_tag=files.pipeline_tag,
         version=version("tessera"),
@@ -63,6 +64,14 @@ def create_app(
     return app
 
 
+def _model_name(settings: RouterSettings, files: ModelFiles) -> str:
+    """What replies call the model: never the path of a folder."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    is_hub_id = settings.model_id and not Path(settings.model_id).exists()
+    return settings.model_id if is_hub_id else files.folder.absolute().name
+
+
 def _middleware(settings: RouterSettings) -> list[Middleware]:
     """From the outside in."""
     layers = [
@@ -72,7 +81,7 @@ def _middleware(settings: RouterSettings) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_allow_origin or ("*",),
             allow_methods=("GET", "POST"),
-            allow_headers=("authorization", "content-type", REQUEST_ID),
+            allow_headers=("*",),  # clients send headers of their own, like x-stainless-os
             allow_credentials=False,  # any page a user opens may call; it must not borrow cookies
             expose_headers=(REQUEST_ID, "retry-after"),
         ),

@@ -78,6 +78,8 @@ class _Runs:
 
     def add(self, token_id: int) -> str:
         piece = self._tokenizer.piece(token_id)
+        if not piece:  # a row of the embedding without a token: decoders never see it
+            return ""
         if isinstance(piece, str):
             return self._shown(self._end_of_run() + piece)
         self._held += piece

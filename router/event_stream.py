@@ -74,7 +74,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[str],
+        events: AsyncGenerator[str, None],
         on_end: Callable[[], None],
         headers: dict[str, str],
         keep_alive_s: float = KEEP_ALIVE_S,

@@ -20,6 +20,7 @@ from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.schemas import GenerateBody, GenerateParameters
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
+from tessera.router.timing_headers import compute_headers, timing_headers
 from tessera.router.token_streams import Collected, collect_all, merge, started
 from tessera.router.validation import Validator
 
@@ -53,7 +54,7 @@ class NativeApi:
     async def compat_generate(self, request: HttpRequest) -> Response:
         """POST /: what Hugging Face's clients call; `stream` chooses, and the reply is a list."""
         full_text = self.info.default_full_text
-        with self.desk.ticket() as ticket:
+        with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, GenerateBody)
             if body.stream:
                 return await self._stream(request, ticket, body, full_text)
@@ -62,7 +63,7 @@ class NativeApi:
 
     async def generate(self, request: HttpRequest) -> Response:
         """POST /generate: one JSON object when all is done."""
-        with self.desk.ticket() as ticket:
+        with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, GenerateBody)
             reply, headers = await self._generate(request, ticket, body, False)
             return Json(reply, headers=headers)
@@ -73,7 +74,7 @@ class NativeApi:
         The status is sent when the first token or the error is known, so that a refusal is a
         status. Later errors are the last event.
         """
-        with self.desk.ticket() as ticket:
+        with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, GenerateBody)
             return await self._stream(request, ticket, body, False)
 
@@ -122,7 +123,8 @@ class NativeApi:
         generations = await self._submit(request, ticket, body, streaming=False)
         collected = await unless_client_leaves(request, collect_all(generations))
         best, *others = sorted(collected, key=lambda one: one.mean_logprob, reverse=True)
-        headers = self._headers(best, time.perf_counter() - began)
+        headers = compute_headers(self.info, self.generator, [best.generation])
+        headers |= timing_headers([best], time.perf_counter() - began)
         return _reply(best, others, body.options, full_text), headers
 
     async def _stream(
@@ -134,33 +136,8 @@ class NativeApi:
         return EventStream(
             _stream_events(events, generations[0], body.options, full_text, ticket),
             on_end=ticket.close,
-            headers=self._stream_headers(generations[0]),
+            headers=compute_headers(self.info, self.generator, generations),
         )
-
-    def _stream_headers(self, generation: Generation) -> dict[str, str]:
-        return {
-            "x-compute-type": self.info.compute_type(self.generator),
-            "x-compute-characters": str(len(generation.request.prompt_text)),
-        }
-
-    def _headers(self, one: Collected, compute_s: float) -> dict[str, str]:
-        """Times in whole milliseconds, except `x-compute-time` in seconds."""
-        timings = one.completion.timings
-        per_token = timings.per_token(one.completion.generated_tokens)
-        return self._stream_headers(one.generation) | {
-            "x-compute-time": f"{compute_s:.6f}",
-            "x-total-time": _ms(timings.total),
-            "x-validation-time": _ms(timings.validation),
-            "x-queue-time": _ms(timings.queue),
-            "x-inference-time": _ms(timings.inference),
-            "x-time-per-token": _ms(per_token),
-            "x-prompt-tokens": str(one.generation.stream.prompt_tokens),
-            "x-generated-tokens": str(one.completion.generated_tokens),
-        }
-
-
-def _ms(seconds: float) -> str:
-    return str(round(seconds * 1000))
 
 
 def _token(info: TokenInfo) -> dict[str, Any]:
@@ -218,7 +195,7 @@ async def _stream_events(
     options: GenerateParameters,
     full_text: bool,
     ticket: Ticket,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[str, None]:
     """The text of the events; a failure is told as the last one."""
     wants_full = _wants_full_text(options, full_text)
     index = 0

@@ -21,6 +21,7 @@ from tessera.router.request import Completion, FinishReason, TokenEvent, TokenIn
 from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
+from tessera.router.timing_headers import compute_headers, timing_headers
 from tessera.router.token_streams import Collected, collect_all, merge, started
 from tessera.router.validation import Plan, Validator
 
@@ -49,9 +50,10 @@ class OpenAIApi:
 
     async def chat(self, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        with self.desk.ticket() as ticket:
+        with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, ChatBody)
-            generations = await self._submit(request, ticket, self.validator.plan_chat(body))
+            began = time.perf_counter()
+            generations = await self._submit(request, ticket, self.validator.plan_chat(body), began)
             reply = self._envelope("chatcmpl", "chat.completion")
             if body.stream:
                 writer = ChatWriter(reply, body)
@@ -60,15 +62,16 @@ class OpenAIApi:
             reply["choices"] = [
                 _chat_choice(index, one, body) for index, one in enumerate(collected)
             ]
-            completions = [one.completion for one in collected]
-            reply["usage"] = _usage(generations, completions, body.copies)
-            return Json(reply)
+            return self._reply(reply, collected, body.copies, began)
 
     async def completions(self, request: HttpRequest) -> Response:
         """POST /v1/completions."""
-        with self.desk.ticket() as ticket:
+        with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, CompletionBody)
-            generations = await self._submit(request, ticket, self.validator.plan_completion(body))
+            began = time.perf_counter()
+            generations = await self._submit(
+                request, ticket, self.validator.plan_completion(body), began
+            )
             reply = self._envelope("cmpl", "text_completion")
             if body.stream:
                 writer = CompletionWriter(reply, body, generations)
@@ -77,9 +80,7 @@ class OpenAIApi:
             reply["choices"] = [
                 _completion_choice(index, one, body) for index, one in enumerate(collected)
             ]
-            completions = [one.completion for one in collected]
-            reply["usage"] = _usage(generations, completions, body.copies)
-            return Json(reply)
+            return self._reply(reply, collected, body.copies, began)
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models: the one model."""
@@ -109,11 +110,20 @@ class OpenAIApi:
             "system_fingerprint": self.info.fingerprint,
         }
 
-    async def _submit(self, request: HttpRequest, ticket: Ticket, plan: Plan) -> list[Generation]:
-        arrived = time.perf_counter()
+    async def _submit(
+        self, request: HttpRequest, ticket: Ticket, plan: Plan, arrived: float
+    ) -> list[Generation]:
         ticket.admit(plan.count)
         requests = await unless_client_leaves(request, self.validator.build(plan, arrived))
         return ticket.submit(requests)
+
+    def _reply(
+        self, reply: dict[str, Any], collected: Sequence[Collected], copies: int, began: float
+    ) -> Response:
+        generations = [one.generation for one in collected]
+        reply["usage"] = _usage(generations, [one.completion for one in collected], copies)
+        headers = compute_headers(self.info, self.generator, generations)
+        return Json(reply, headers=headers | timing_headers(collected, time.perf_counter() - began))
 
     async def _stream(
         self,
@@ -125,7 +135,9 @@ class OpenAIApi:
         events = await unless_client_leaves(request, started(merge(generations)))
         ticket.keep()
         return EventStream(
-            _stream_events(events, generations, writer, ticket), on_end=ticket.close, headers={}
+            _stream_events(events, generations, writer, ticket),
+            on_end=ticket.close,
+            headers=compute_headers(self.info, self.generator, generations),
         )
 
 
@@ -223,7 +235,7 @@ async def _stream_events(
     generations: Sequence[Generation],
     writer: ChunkWriter,
     ticket: Ticket,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[str, None]:
     """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
     completions = []
     try:

@@ -1,6 +1,7 @@
 """One HTTP request inside the server: its permits, its generations, its line in the metrics."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from tessera.router.errors import (
 )
 from tessera.router.generation import Generator, TokenStream
 from tessera.router.metrics import FailureKind, Metrics
-from tessera.router.request import Request, TokenEvent
+from tessera.router.request import Completion, Request, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,16 @@ class Generation:
 class Ticket:
     """Counts one request in, and out again exactly once, whatever ends it."""
 
-    def __init__(self, generator: Generator, admission: Admission, metrics: Metrics) -> None:
+    def __init__(
+        self, request_id: str, generator: Generator, admission: Admission, metrics: Metrics
+    ) -> None:
+        self._request_id = request_id
         self._generator = generator
         self._admission = admission
         self._metrics = metrics
         self._permits = 0
         self._generations: list[Generation] = []
-        self._num_completed = 0
+        self._completions: list[Completion] = []
         self._failure: FailureKind | None = None
         self._over = False
         self._kept = False
@@ -89,15 +95,36 @@ class Ticket:
         for generation in self._generations:
             generation.stream.close()
         self._admission.give_back(self._permits)
+        if len(self._completions) < len(self._generations):
+            self._failure = self._failure or "dropped"
         if self._failure:
             self._metrics.request_failed(self._failure)
-        elif self._num_completed < len(self._generations):
-            self._metrics.request_failed("dropped")
+        self._log()
+
+    def _log(self) -> None:
+        """One line per request, without any of its content."""
+        if self._failure:
+            logger.info("request %s: %s", self._request_id, self._failure)
+            return
+        for generation, completion in zip(self._generations, self._completions, strict=True):
+            timings = completion.timings
+            logger.info(
+                "request %s: success, %d prompt and %d generated tokens, total %.3f s, "
+                "validation %.3f s, queue %.3f s, first token %.3f s, inference %.3f s",
+                self._request_id,
+                generation.stream.prompt_tokens,
+                completion.generated_tokens,
+                timings.total,
+                timings.validation,
+                timings.queue,
+                timings.first_token,
+                timings.inference,
+            )
 
     async def _watched(self, stream: TokenStream) -> AsyncIterator[TokenEvent]:
         async for event in stream:
             if event.completion is not None:
-                self._num_completed += 1
+                self._completions.append(event.completion)
                 self._metrics.request_finished(event.completion, stream.prompt_tokens)
                 yield event
                 return
@@ -114,9 +141,9 @@ class Desk:
         self._metrics = metrics
 
     @contextmanager
-    def ticket(self) -> Iterator[Ticket]:
+    def ticket(self, request_id: str) -> Iterator[Ticket]:
         """A ticket that is closed at the end of the block, unless it was kept without an error."""
-        ticket = Ticket(self._generator, self._admission, self._metrics)
+        ticket = Ticket(request_id, self._generator, self._admission, self._metrics)
         try:
             yield ticket
         except BaseException as error:

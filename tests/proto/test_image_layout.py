@@ -133,9 +133,11 @@ def processors() -> dict[str, Any]:
         LlavaNextImageProcessorPil,
     )
 
-    plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    pinpoints = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]}
+    plain: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    size: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    pinpoints: dict[str, Any] = {
+        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    }
     return {
         "crop": lambda image: CLIPImageProcessorPil(**size)(image, **plain),
         "anyres": lambda image: LlavaNextImageProcessorPil(**size, **pinpoints)(image, **plain),

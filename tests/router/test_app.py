@@ -3,6 +3,7 @@ import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -153,7 +154,7 @@ def test_browsers_may_call_without_credentials(text_app: App) -> None:
     assert "access-control-allow-credentials" not in response.headers
     preflight = origin | {
         "access-control-request-method": "POST",
-        "access-control-request-headers": "authorization,content-type",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
     }
     app = text_app(api_key="Secret", cors_allow_origin=("https://app.example",))
     assert call(app, "OPTIONS", "/generate", headers=preflight).status_code == 200
@@ -211,3 +212,26 @@ def test_the_app_serves_before_the_model_is_ready(text_app: App) -> None:
     assert call(app, "GET", "/health").status_code == 503
     assert call(app, "GET", "/info").status_code == 200
     assert post(app, "/generate", BODY).json()["error_type"] == "healthcheck"
+
+
+def test_replies_do_not_show_where_the_model_lies(
+    text_app: App, checkpoint: Callable[[str], Path]
+) -> None:
+    app = text_app(model_id=str(checkpoint("llama")))
+    assert call(app, "GET", "/info").json()["model_id"] == "llama"
+    assert call(text_app(model_id="org/name"), "GET", "/info").json()["model_id"] == "org/name"
+
+
+def test_each_request_has_one_line_in_the_log_without_its_content(
+    text_app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = text_app()
+    with caplog.at_level(logging.INFO, "tessera"):
+        post(app, "/generate", {"inputs": "Private"}, headers={"x-request-id": "one"})
+        post(app, "/generate", {"inputs": ""}, headers={"x-request-id": "two"})
+    lines = [record.getMessage() for record in caplog.records if "request" in record.getMessage()]
+    assert len(lines) == 2
+    assert lines[0].startswith("request one: success")
+    assert lines[1] == "request two: validation"
+    assert "Private" not in caplog.text
+    assert "Hello there" not in caplog.text

@@ -5,6 +5,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,9 @@ def test_other_formats_are_refused(format: str) -> None:
     assert "not a PNG, JPEG, WebP or GIF" in refusal(encoded(noise(32, 32), format))
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
+)
 def test_what_is_no_picture_is_refused_without_echo(data: bytes) -> None:
     message = refusal(data)
     assert not data or data.decode() not in message
@@ -388,9 +391,9 @@ def test_path_without_dots_is_no_picture_either() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60) | st.binary(max_size=40).map(lambda raw: base64.b64encode(raw).decode()))
+@given(
+    st.text(max_size=60) | st.binary(max_size=40).map(lambda raw: base64.b64encode(raw).decode())
+)
 def test_any_text_decodes_or_is_refused(source: str) -> None:
-    try:
+    with suppress(ValidationError):
         assert isinstance(decode_image_source(source), bytes)
-    except ValidationError:
-        pass

@@ -306,7 +306,7 @@ def test_client_that_leaves_before_the_first_token_cancels(text_app: App, path: 
     generator = FakeGenerator(Script(hang_after=0))
     with served(text_app(generator)) as address:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(address + path, json=body(), timeout=0.3)
+            httpx.post(address + path, json=body(), timeout=1.0)
         wait_until(lambda: bool(generator.streams) and generator.all_closed)
 
 

@@ -182,6 +182,15 @@ def test_completion_stream(text_app: App) -> None:
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 3)
 
 
+def test_timing_headers_are_sums(text_app: App) -> None:
+    headers = post(text_app(), COMPLETIONS, completion(prompt=["abc", "de"])).headers
+    assert headers["x-compute-characters"] == "5"
+    assert (headers["x-total-time"], headers["x-generated-tokens"]) == ("1000", "6")
+    assert headers["x-time-per-token"] == "100"
+    stream = post(text_app(), COMPLETIONS, completion(stream=True)).headers
+    assert (stream["x-compute-type"], "x-total-time" in stream) == ("2-cpu", False)
+
+
 def test_models(text_app: App) -> None:
     app = text_app(served_model_name="org/mine")
     listing = call(app, "GET", "/v1/models").json()

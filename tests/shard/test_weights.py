@@ -33,7 +33,7 @@ Tensors = dict[str, Array]
 Q_PROJ = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 
-def rewrite(folder: Path, change: Callable[[Tensors], None], num_files: int = 2) -> Path:
+def rewrite(folder: Path, change: Callable[[Tensors], object], num_files: int = 2) -> Path:
     """`folder` with other tensors."""
     tensors: Tensors = {}
     for path in folder.glob("*.safetensors"):
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_missing_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.pop(Q_PROJ) and None)
+    rewrite(folder, lambda tensors: tensors.pop(Q_PROJ))
     assert "has no tensor layers.1.self_attn.q_proj.weight" in refusal(folder)
 
 
@@ -75,7 +75,7 @@ def test_many_missing_tensors_are_counted(folder: Path) -> None:
 
 
 def test_missing_head_of_an_untied_model(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.pop("language_model.lm_head.weight") and None)
+    rewrite(folder, lambda tensors: tensors.pop("language_model.lm_head.weight"))
     assert "lm_head.weight" in refusal(folder)
 
 

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t KEYS = 64;
 static_assert(SEGMENT % KEYS == 0);
+constexpr int64_t MAX_HEAD_SIZE = 256;
+const float ZEROS[MAX_HEAD_SIZE] = {};  // the value of a key that is not taken
 constexpr float LOWEST = -3.402823466e38f;  // a maximum below every score
 
 // What T is multiplied as.
@@ -25,19 +27,37 @@ struct CellOf<bf16> {
 };
 #endif
 
-// LANES cells of a row of T, from cell `at` on.
-inline Floats load_cells(const float* row, int64_t at, int64_t count, FloatCell) {
+// Up to LANES cells of a row, from cell `at` on.
+template <typename T>
+inline Floats load_cells(const T* row, int64_t at, int64_t count, FloatCell) {
   return Span{at, count}.load(row);
 }
-inline Floats load_cells(const bf16* row, int64_t at, int64_t count, FloatCell) {
-  return Span{at, count}.load(row);
+
+// Cells [at, at + LANES) of LANES rows: rows[key][cell] becomes cells[cell][key].
+template <typename T, typename Cell>
+inline void load_transposed(Floats (&cells)[LANES], const T* const (&rows)[LANES], int64_t at,
+                            int64_t count, Cell cell) {
+  for (int i = 0; i < LANES; i++) cells[i] = load_cells(rows[i], at, count, cell);
+  transpose(cells);
 }
+
+// The cells of one product step, from the rows that it sums over.
+template <typename T>
+inline Floats zip_rows(const T* const (&rows)[1], Span span, FloatCell) {
+  return span.load(rows[0]);
+}
+
 #if defined(__AVX512BF16__)
 inline Floats load_cells(const bf16* row, int64_t at, int64_t count, PairCell) {
   if (count == LANES) return load_raw<Floats>(row + 2 * at);
   Floats some = {};
   std::memcpy(&some, row + 2 * at, count * sizeof(uint32_t));
   return some;
+}
+
+inline Floats zip_rows(const bf16* const (&rows)[2], Span span, PairCell) {
+  Words even = bits<Words>(span.load(rows[0])) >> 16, odd = bits<Words>(span.load(rows[1]));
+  return bits<Floats>(even | odd);
 }
 #endif
 
@@ -86,13 +106,15 @@ class TileAttention {
       num_next = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
       locate(start, last, offsets);
       locate(start + KEYS, num_next, next_offsets);
+      for (int64_t i = 0; i < num_next; i++) next_offsets[i] *= sizeof(T);
+      Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next, args.head_size * sizeof(T));
       int64_t columns = (last + LANES - 1) / LANES * LANES;
-      pack_keys(columns);
-      multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns);
+      pack_keys(columns, ahead);
+      multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns, ahead);
       for (int64_t row = 0; row < tile.rows(); row++) weigh(row, columns);
-      pack_values();
+      pack_values(ahead);
       int64_t cells = (last + VALUES - 1) / VALUES;
-      multiply<Cell>({p, KEYS / VALUES, v, width, to.sums, width, cells, true}, tile.rows(), width);
+      multiply<Cell>({p, KEYS / VALUES, v, width, to.sums, width, cells, true}, tile.rows(), width, ahead);
     }
   }
 
@@ -120,15 +142,6 @@ class TileAttention {
     }
   }
 
-  // Asks for a row of the next KEYS, while this one is worked on.
-  void prefetch_next(const T* pool, int64_t key) const {
-    if (key >= num_next) return;
-    auto* row = reinterpret_cast<const char*>(pool + next_offsets[key]);
-    for (int64_t at = 0; at < args.head_size * int64_t{sizeof(T)}; at += 64) {
-      __builtin_prefetch(row + at);
-    }
-  }
-
   void clear() {
     for (int64_t i = 0; i < tile.rows() * width; i += LANES) store(to.sums + i, Floats{});
     for (int64_t i = 0; i < tile.rows() * PADDING; i += LANES) store(to.weights + i, Floats{});
@@ -146,53 +159,44 @@ class TileAttention {
   }
 
   // k: cells down, keys across. Columns of keys that are not taken hold anything.
-  void pack_keys(int64_t columns) {
+  void pack_keys(int64_t columns, Prefetcher& ahead) {
     for (int64_t column = 0; column < columns; column += LANES) {
       const T* keys[LANES];
       for (int i = 0; i < LANES; i++) {
         int64_t key = column + i < first ? first : column + i < last ? column + i : last - 1;
         keys[i] = args.k_BKPH + offsets[key];
-        prefetch_next(args.k_BKPH, column + i);
       }
-      for_each_span(depth, [&](Span span) {
+      Type* to_column = k + column;
+      for_each_span(depth, [&keys, &ahead, to_column](Span span) {
+        ahead.fetch(8);
         Floats cells[LANES];
-        for (int i = 0; i < LANES; i++) cells[i] = load_cells(keys[i], span.at, span.count, Cell{});
-        transpose(cells);
+        load_transposed(cells, keys, span.at, span.count, Cell{});
         for (int i = 0; i < span.count; i++) {
-          std::memcpy(k + (span.at + i) * KEYS + column, &cells[i], sizeof(Floats));
+          std::memcpy(to_column + (span.at + i) * KEYS, &cells[i], sizeof(Floats));
         }
       });
     }
   }
 
   // v: keys down, channels across; 0 for keys that are not taken, whatever their memory holds.
-  void pack_values() {
+  void pack_values(Prefetcher& ahead) {
     for (int64_t key = 0; key < last; key += VALUES) {
       const T* rows[VALUES];
       for (int i = 0; i < VALUES; i++) {
         bool taken = first <= key + i && key + i < last;
-        rows[i] = taken ? args.v_BKPH + offsets[key + i] : nullptr;
-        prefetch_next(args.v_BKPH, key + i);
+        rows[i] = taken ? args.v_BKPH + offsets[key + i] : reinterpret_cast<const T*>(ZEROS);
       }
       Type* to_row = v + key / VALUES * width;
-      for (int64_t at = 0; at < width; at += LANES) {
-        int64_t count = args.head_size - at < LANES ? args.head_size - at : LANES;
-        Floats packed = pack_span(rows, Span{at, count < 0 ? 0 : count}, Cell{});
-        std::memcpy(to_row + at, &packed, sizeof(packed));
+      ahead.fetch(args.head_size * sizeof(T) * VALUES / (2 * LINE));
+      for_each_span(args.head_size, [&rows, to_row](Span span) {
+        Floats cells = zip_rows(rows, span, Cell{});
+        std::memcpy(to_row + span.at, &cells, sizeof(cells));
+      });
+      for (int64_t at = (args.head_size + LANES - 1) / LANES * LANES; at < width; at++) {
+        to_row[at] = 0;
       }
     }
   }
-
-  static Floats pack_span(const T* const (&rows)[1], Span span, FloatCell) {
-    return rows[0] ? span.load(rows[0]) : Floats{};
-  }
-#if defined(__AVX512BF16__)
-  static Floats pack_span(const T* const (&rows)[2], Span span, PairCell) {
-    Words even = rows[0] ? bits<Words>(span.load(rows[0])) >> 16 : Words{};
-    Words odd = rows[1] ? bits<Words>(span.load(rows[1])) : Words{};
-    return bits<Floats>(even | odd);
-  }
-#endif
 
   // Scores of a row become weights in p; sums so far are scaled to the new maximum.
   void weigh(int64_t row, int64_t columns) {

@@ -4,6 +4,7 @@
 // (with bfloat16 arithmetic) two values that follow each other along the summed dimension.
 #pragma once
 
+#include "prefetch.h"
 #include "vector.h"
 
 namespace tessera {
@@ -44,7 +45,7 @@ struct Operands {
 };
 
 template <typename Cell, int rows, int vectors>
-inline void multiply_block(const Operands<Cell>& x) {
+inline void multiply_block(const Operands<Cell>& x, Prefetcher& ahead) {
   Floats sums[rows][vectors] = {};
   if (x.add) {
 #pragma GCC unroll 8
@@ -53,6 +54,7 @@ inline void multiply_block(const Operands<Cell>& x) {
       for (int v = 0; v < vectors; v++) sums[r][v] = load(x.c + r * x.c_stride + v * LANES);
   }
   for (int64_t d = 0; d < x.depth; d++) {
+    ahead.fetch(2);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -68,16 +70,16 @@ inline void multiply_block(const Operands<Cell>& x) {
 }
 
 template <typename Cell, int vectors, int rows = ROWS>
-inline void multiply_rows(const Operands<Cell>& x, int64_t count) {
+inline void multiply_rows(const Operands<Cell>& x, int64_t count, Prefetcher& ahead) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<Cell, vectors, rows - 1>(x, count);
+    if (count < rows) return multiply_rows<Cell, vectors, rows - 1>(x, count, ahead);
   }
-  multiply_block<Cell, rows, vectors>(x);
+  multiply_block<Cell, rows, vectors>(x, ahead);
 }
 
 // `rows` and `columns` are the sizes of c; columns must be a multiple of LANES.
 template <typename Cell>
-void multiply(const Operands<Cell>& x, int64_t rows, int64_t columns) {
+void multiply(const Operands<Cell>& x, int64_t rows, int64_t columns, Prefetcher& ahead) {
   int64_t blocks = (rows + ROWS - 1) / ROWS;
   int64_t block_rows = blocks ? (rows + blocks - 1) / blocks : 0;  // 8 rows: 4 and 4, not 6 and 2
   for (int64_t column = 0; column < columns;) {
@@ -89,9 +91,9 @@ void multiply(const Operands<Cell>& x, int64_t rows, int64_t columns) {
       part.c += row * x.c_stride + column;
       int64_t count = row + block_rows <= rows ? block_rows : rows - row;
       if (wide) {
-        multiply_rows<Cell, VECTORS>(part, count);
+        multiply_rows<Cell, VECTORS>(part, count, ahead);
       } else {
-        multiply_rows<Cell, 1>(part, count);
+        multiply_rows<Cell, 1>(part, count, ahead);
       }
     }
     column += wide ? VECTORS * LANES : LANES;

@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -48,9 +48,25 @@ inline Floats all(float x) { return x - Floats{}; }
 inline Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 inline Floats smaller(Floats a, Floats b) { return a > b ? b : a; }
 
-inline Floats widen(Halves x) {
-  return bits<Floats>(__builtin_convertvector(x, Words) << 16);
+// GCC converts these vectors in halves if it is not told the instruction.
+inline Words to_words(Halves x) {
+#if defined(__AVX512F__)
+  return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(x)));
+#elif defined(__AVX2__)
+  return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, Words);
+#endif
 }
+inline Halves to_halves(Words x) {
+#if defined(__AVX512F__)
+  return bits<Halves>(_mm512_cvtepi32_epi16(bits<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
+inline Floats widen(Halves x) { return bits<Floats>(to_words(x) << 16); }
 
 // To the nearest, ties to even; NaN becomes the quiet NaN.
 inline Halves narrow(Floats x) {
@@ -59,7 +75,7 @@ inline Halves narrow(Floats x) {
 #else
   Words raw = bits<Words>(x);
   Words rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0u, Halves);
+  return to_halves(x == x ? rounded : Words{} + 0x7fc0u);
 #endif
 }
 

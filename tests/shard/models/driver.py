@@ -200,7 +200,7 @@ class ThreadGroup(Group):
         self._meeting = meeting
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return x.copy_(sum(self._exchange(x)))
+        return x.copy_(torch.stack(self._exchange(x)).sum(0))
 
     def gather_last_dim(self, x_SV: Tensor) -> Tensor | None:
         pieces = self._exchange(x_SV)

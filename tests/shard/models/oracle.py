@@ -49,7 +49,7 @@ class Oracle:
     def model(self) -> Any:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        auto = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
+        auto: Any = AutoModelForImageTextToText if self.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(self.folder, dtype=self._dtype, output_loading_info=True)
         assert not info["missing_keys"], info
         full = self.config.get("vision_feature_select_strategy") == "full"
@@ -61,13 +61,14 @@ class Oracle:
     def processor(self) -> Any:
         from transformers import AutoProcessor, AutoTokenizer
 
-        if self.takes_images:
-            return AutoProcessor.from_pretrained(self.folder, backend="pil")
-        return AutoTokenizer.from_pretrained(self.folder)
+        auto: Any = AutoProcessor if self.takes_images else AutoTokenizer
+        return auto.from_pretrained(
+            self.folder, **({"backend": "pil"} if self.takes_images else {})
+        )
 
     def case(self, text: str, images: Sequence[Image.Image] = ()) -> Case:
         """A prompt with one `<image>` per picture, for both sides."""
-        arguments = {"text": text, "return_tensors": "pt"}
+        arguments: dict[str, Any] = {"text": text, "return_tensors": "pt"}
         if images:
             arguments["images"] = list(images)
         inputs = dict(self.processor(**arguments))

@@ -28,6 +28,7 @@ from tests.shard.models.driver import placement
 def test_text_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig, MistralConfig
 
+    theirs: Any
     for defaults, theirs in ((LLAMA_DEFAULTS, LlamaConfig()), (MISTRAL_DEFAULTS, MistralConfig())):
         for key, value in defaults.items():
             if value is not None:
@@ -51,7 +52,7 @@ def test_vision_defaults_are_those_of_transformers() -> None:
 def test_llava_defaults_are_those_of_transformers() -> None:
     from transformers import LlavaNextConfig
 
-    theirs = LlavaNextConfig()
+    theirs: Any = LlavaNextConfig()
     parsed = LlavaConfig.from_dict({"model_type": "llava_next"})
     assert parsed.feature_layers == (theirs.vision_config.num_hidden_layers - 1,)
     assert parsed.projector_act == theirs.projector_hidden_act

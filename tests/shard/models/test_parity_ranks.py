@@ -12,9 +12,10 @@ import torch
 
 from tessera.shard.errors import CheckpointError
 from tessera.shard.models import load_model
+from tessera.shard.parallel import Group
 from tests import checkpoints
 from tests.shard.models.cases import ATOL, image_case, mixed_cases, text_case
-from tests.shard.models.driver import Runner, ThreadGroup, on_ranks, placement
+from tests.shard.models.driver import Runner, on_ranks, placement
 from tests.shard.models.oracle import Oracle
 
 Oracles = Callable[[str], Oracle]
@@ -64,7 +65,7 @@ def run_ranks(folder: Path, world_size: int, oracle: Oracle, aspect: str | None)
     """`world_size` ranks as threads agree with transformers."""
     case = image_case(oracle, aspect) if aspect else text_case(oracle)
 
-    def one(group: ThreadGroup) -> torch.Tensor:
+    def one(group: Group) -> torch.Tensor:
         return Runner(folder, placement(group=group)).logits(case.prompt)
 
     logits, *others = on_ranks(world_size, one)
@@ -101,7 +102,7 @@ def test_more_ranks_than_the_vocabulary_fills(tmp_path: Path) -> None:
     oracle = Oracle(folder)
     case = oracle.text_case([1, 4, 3, 0, 2, 2])
 
-    def one(group: ThreadGroup) -> torch.Tensor:
+    def one(group: Group) -> torch.Tensor:
         return Runner(folder, placement(group=group)).logits(case.prompt)
 
     ours = on_ranks(4, one)[0]
@@ -114,6 +115,5 @@ def test_tied_embeddings_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_that_cannot_share_the_heads(checkpoint: Callable[[str], Path]) -> None:
-    group = ThreadGroup(0, 3, None)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"NUM_SHARD can be 1, 2, 4$"):
-        load_model(checkpoint("next-mistral"), placement(group=group))
+        load_model(checkpoint("next-mistral"), placement(group=Group(0, 3)))

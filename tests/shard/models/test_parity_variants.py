@@ -105,7 +105,7 @@ def test_tensor_names_of_every_generation(
     runner: Callable[..., Runner],
 ) -> None:
     folder = checkpoints.make(kind, tmp_path / "renamed")
-    tensors = {}
+    tensors: dict[str, checkpoints.Array] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= {rename(name): array for name, array in load_file(path).items()}
         path.unlink()
@@ -152,6 +152,7 @@ def test_not_finite_is_not_hidden(
     hidden = torch.zeros(3, 128)
     hidden[1, 5], hidden[2, 7] = float("nan"), float("inf")
     logits = runner("llama").model.logits(hidden)
+    assert logits is not None
     assert logits[0].isfinite().all()
     assert not logits[1].isfinite().any()
     assert not logits[2].isfinite().any()
