@@ -69,9 +69,10 @@ class ClipVisionTower(Layer):
         placement: Placement,
     ) -> None:
         """`feature_layers`: how many layers run before each feature is taken, 0 for none."""
-        # Where the heads do not divide, every rank runs the whole tower and nothing is summed.
-        divides = config.num_heads % placement.group.world_size == 0
-        group = placement.group if divides else Group()
+        # Heads need not divide evenly, but no rank may be without one: then every rank runs the
+        # whole tower, and nothing is summed.
+        splits = config.num_heads >= placement.group.world_size
+        group = placement.group if splits else Group()
         num_run = max(feature_layers)
         self._feature_layers = feature_layers
         self._dtype = placement.dtype

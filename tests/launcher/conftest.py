@@ -36,6 +36,7 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Launch]:
         *flags: str,
         stub: dict[str, list[str]] | None = None,
         piped: bool = False,
+        program: Path = STUB_LAUNCHER,
         **environ: str,
     ) -> Launched:
         folder = tmp_path / f"launch{len(started)}"
@@ -52,7 +53,7 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Launch]:
         pipe, log_fd = os.pipe() if piped else (None, None)
         with os.fdopen(log_fd, "wb") if log_fd else (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, str(STUB_LAUNCHER), *flags],
+                [sys.executable, str(program), *flags],
                 env=said | environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

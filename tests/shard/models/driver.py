@@ -180,8 +180,9 @@ class Runner:
 def placement(
     backend: str = "reference", dtype: torch.dtype = torch.float32, group: Group | None = None
 ) -> Placement:
-    """One rank on the cpu."""
-    return Placement(load_backend("cpu", backend), group or Group(), dtype)
+    """One rank on the device that `backend` needs."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    return Placement(load_backend(device, backend), group or Group(), dtype)
 
 
 class _Meeting:

@@ -9,6 +9,7 @@ from tests import checkpoints
 from tests.shard.models.cases import (
     ASPECTS,
     ATOL,
+    BACKENDS,
     image_case,
     mixed_cases,
     text_case,
@@ -20,7 +21,6 @@ from tests.shard.models.oracle import Oracle
 Oracles = Callable[[str], Oracle]
 Runners = Callable[..., Runner]
 
-BACKENDS = ("reference", "cpu")
 WITH_IMAGES = [kind for kind in checkpoints.KINDS if kind not in ("llama", "mistral")]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.shard.models.cases import ATOL, image_case, text_case, three_images
+from tests.shard.models.cases import ATOL, BACKENDS, image_case, text_case, three_images
 from tests.shard.models.driver import Runner
 from tests.shard.models.oracle import Oracle
 
@@ -13,7 +13,7 @@ Oracles = Callable[[str], Oracle]
 Runners = Callable[..., Runner]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("kind", ["next-mistral", "next-custom"])
 def test_image_prompt_cut_anywhere(
@@ -35,7 +35,7 @@ def test_three_images_cut_anywhere(oracle: Oracles, runner: Runners) -> None:
         torch.testing.assert_close(ours, expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [1, 7, 25, 64])
 def test_sliding_window_in_chunks(
     chunk: int, backend: str, oracle: Oracles, runner: Runners

@@ -80,8 +80,8 @@ def test_four_ranks(kind: str, oracle: Oracles, checkpoint: Callable[[str], Path
 
 
 def test_three_ranks_share_nothing_evenly(tmp_path: Path) -> None:
-    """641 rows of vocabulary, 250 inner columns; four vision heads are replicated on all ranks;
-    the output bias must be added once, not three times."""
+    """641 rows of vocabulary, 250 inner columns, four vision heads; the output bias must be added
+    once, not three times."""
     text = {
         "vocab_size": 641,
         "hidden_size": 96,
@@ -94,6 +94,13 @@ def test_three_ranks_share_nothing_evenly(tmp_path: Path) -> None:
     changes = {"text_config": text, "vision_config": {"intermediate_size": 127}}
     folder = checkpoints.make("next-vicuna", tmp_path / "odd", changes)
     run_ranks(folder, 3, Oracle(folder), "tall")
+
+
+def test_more_ranks_than_vision_heads(tmp_path: Path) -> None:
+    """Every rank runs the whole tower."""
+    changes = {"vision_config": {"num_attention_heads": 2}}
+    folder = checkpoints.make("next-vicuna", tmp_path / "few", changes)
+    run_ranks(folder, 4, Oracle(folder), "4:3")
 
 
 def test_more_ranks_than_the_vocabulary_fills(tmp_path: Path) -> None:

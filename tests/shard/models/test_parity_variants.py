@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests import checkpoints
-from tests.shard.models.cases import ATOL, image_case, text_case
+from tests.shard.models.cases import ATOL, BACKENDS, image_case, text_case
 from tests.shard.models.driver import Runner, placement
 from tests.shard.models.oracle import Oracle
 
@@ -25,6 +25,7 @@ LLAMA3 = {
 }
 TEXT_VARIANTS: dict[str, dict[str, Any]] = {
     "head size of its own": {"head_dim": 48, "num_key_value_heads": 2},
+    "wide enough for packed weights": {"hidden_size": 640, "intermediate_size": 1024},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "gelu": {"hidden_act": "gelu"},
     "tied": {"tie_word_embeddings": True},
@@ -130,7 +131,7 @@ def test_one_file_or_many(
     assert torch.equal(Runner(folder, placement()).logits(prompt), runner("llama").logits(prompt))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["next-mistral", "next-vicuna", "llava15", "mistral"])
 def test_bfloat16_is_as_near_as_transformers_bfloat16(
     kind: str, backend: str, oracle: Oracles, checkpoint: Callable[[str], Path]
