@@ -276,9 +276,10 @@ class Chunk(_message.Message):
     IS_LAST_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     first_position: _builtins.int
-    """tokens of this sequence already in the cache"""
+    """tokens in the cache; on the first chunk those of others"""
     is_last: _builtins.bool
     """sample the next token after it"""
     num_prompt_tokens: _builtins.int
@@ -297,6 +298,12 @@ class Chunk(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """on the first chunk of a sequence only"""
 
+    @_builtins.property
+    def cached_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """On the first chunk only, and only where a penalty counts them: the ids before first_position,
+        which lie in cached blocks and are not computed again.
+        """
+
     def __init__(
         self,
         *,
@@ -308,10 +315,11 @@ class Chunk(_message.Message):
         is_last: _builtins.bool = ...,
         sampling: Global___SamplingParams | None = ...,
         num_prompt_tokens: _builtins.int = ...,
+        cached_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "images", b"images", "is_last", b"is_last", "new_block_ids", b"new_block_ids", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_ids", b"cached_token_ids", "first_position", b"first_position", "images", b"images", "is_last", b"is_last", "new_block_ids", b"new_block_ids", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -75,6 +76,15 @@ class _InFlight:
     prompt_logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _SentStep:
+    """A step whose reply is awaited."""
+
+    step_id: int
+    kind: StepKind
+    sent_at: float
+
+
 class Core:
     """Implements `generation.Generator` over a warm group of shards."""
 
@@ -84,11 +94,14 @@ class Core:
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         metrics: Metrics,
+        lookahead: int = 1,
     ) -> None:
+        """`lookahead`: steps sent before the tokens of the one before them are back, 0 or more."""
         self._shards = shards
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._metrics = metrics
+        self._lookahead = lookahead
         self._limits: ServingLimits | None = None
         self._scheduler: Scheduler | None = None
         self._in_flight: dict[int, _InFlight] = {}
@@ -133,10 +146,14 @@ class Core:
         self._wake.set()
         return stream
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Forget a request whose client left; harmless when it is over."""
+    def cancel(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        """Forget a request whose client left; harmless when it is over.
+
+        Args:
+            is_tainted: what it computed went wrong, so its blocks must not serve others.
+        """
         if self._in_flight.pop(sequence.sequence_id, None) is not None and self._scheduler:
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, is_tainted=is_tainted)
             self._wake.set()
 
     async def run(self) -> None:
@@ -148,14 +165,7 @@ class Core:
         if self._scheduler is None:
             raise RuntimeError("Core.run before Core.open")
         try:
-            while True:
-                plan = self._scheduler.next_step()
-                self._report_load(self._scheduler)
-                if plan.is_empty:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                await self._run_step(plan, self._scheduler)
+            await self._run_steps(self._scheduler)
         except ShardsLost as error:
             self._lost = str(error)
             logger.error("%s", error)
@@ -163,20 +173,41 @@ class Core:
                 self._fail(flight, GenerationError("a shard was lost; the request can be retried"))
             raise
 
-    async def _run_step(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        started = time.perf_counter()
+    async def _run_steps(self, scheduler: Scheduler) -> None:
+        """Keep up to `lookahead` steps planned beyond the one whose tokens are awaited."""
+        under_way: deque[_SentStep] = deque()
+        while True:
+            while len(under_way) <= self._lookahead:
+                plan = scheduler.next_step()
+                self._report_load(scheduler)
+                if plan.is_empty:
+                    break
+                under_way.append(await self._send(plan))
+            if under_way:
+                await self._receive(under_way.popleft(), scheduler)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _send(self, plan: StepPlan) -> "_SentStep":
+        now = time.perf_counter()
         for sequence in plan.sequences:
             flight = self._in_flight[sequence.sequence_id]
-            flight.started_at = flight.started_at or started
+            if flight.started_at is None:
+                flight.started_at = now
+                flight.stream.cached_tokens = sequence.num_cached
         if joined := sum(chunk.is_start for chunk in plan.chunks):
             self._metrics.batch_joined(joined)
         kind: StepKind = "prefill" if plan.chunks else "decode"
+        return _SentStep(await self._shards.send(plan), kind, now)
+
+    async def _receive(self, step: "_SentStep", scheduler: Scheduler) -> None:
         try:
-            reply = await self._shards.run(plan)
+            reply = await self._shards.receive(step.step_id)
         except ShardsLost:
-            self._metrics.step_failed(kind)
+            self._metrics.step_failed(step.kind)
             raise
-        self._metrics.step(kind, time.perf_counter() - started)
+        self._metrics.step(step.kind, time.perf_counter() - step.sent_at)
         self._apply(reply, scheduler)
 
     def _apply(self, reply: shard_pb2.StepReply, scheduler: Scheduler) -> None:
@@ -229,7 +260,7 @@ class Core:
         )
         flight.stream.push(TokenEvent(info, text, top, completion))
         if completion is not None:
-            self._forget(flight)
+            self.cancel(flight.sequence)
 
     def _finish_reason(
         self, flight: _InFlight, token_id: int, stopped: bool
@@ -272,10 +303,7 @@ class Core:
 
     def _fail(self, flight: _InFlight, error: RouterError) -> None:
         flight.stream.push(error)
-        self._forget(flight)
-
-    def _forget(self, flight: _InFlight) -> None:
-        self.cancel(flight.sequence)
+        self.cancel(flight.sequence, is_tainted=True)
 
     def _report_load(self, scheduler: Scheduler) -> None:
         pool = scheduler.pool

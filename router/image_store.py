@@ -1,22 +1,38 @@
-"""Which pictures' features the shards hold, and for whom."""
+"""Which pictures' features the shards hold, for whom, and which of them stay for the next request."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from tessera.router.request import PreparedImage
 
 
 class ImageStore:
-    """Features live on the shards from the step that encodes them until no sequence needs them."""
+    """Features live on the shards while a sequence needs them, and after that as long as they fit.
 
-    def __init__(self) -> None:
+    The bound counts prompt tokens (one feature each) of pictures nobody needs at the moment; the
+    least recently needed goes first.
+    """
+
+    def __init__(self, max_idle_tokens: int = 0) -> None:
+        self._max_idle_tokens = max_idle_tokens
         self._needed_by: dict[bytes, set[int]] = {}
-        self._encoded: set[bytes] = set()
+        self._encoded: dict[bytes, int] = {}  # content hash -> tokens
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._idle_tokens = 0
         self._released: list[bytes] = []
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Features the shards hold."""
+        return sum(self._encoded.values())
 
     def need(self, sequence_id: int, images: Iterable[PreparedImage]) -> None:
         """Note that a sequence will read these pictures' features."""
         for image in images:
             self._needed_by.setdefault(image.content_hash, set()).add(sequence_id)
+            if image.content_hash in self._idle:
+                del self._idle[image.content_hash]
+                self._idle_tokens -= self._encoded[image.content_hash]
 
     def is_encoded(self, image: PreparedImage) -> bool:
         """Whether the shards hold its features, or will after the step being planned."""
@@ -24,10 +40,10 @@ class ImageStore:
 
     def mark_encoded(self, image: PreparedImage) -> None:
         """Note that the step being planned encodes it."""
-        self._encoded.add(image.content_hash)
+        self._encoded[image.content_hash] = image.num_tokens
 
     def done(self, sequence_id: int, images: Iterable[PreparedImage]) -> None:
-        """Note that a sequence needs these no longer; the last one to say so frees the features."""
+        """Note that a sequence needs these no longer."""
         for image in images:
             users = self._needed_by.get(image.content_hash)
             if users is None:
@@ -35,11 +51,19 @@ class ImageStore:
             users.discard(sequence_id)
             if not users:
                 del self._needed_by[image.content_hash]
-                if image.content_hash in self._encoded:
-                    self._encoded.discard(image.content_hash)
-                    self._released.append(image.content_hash)
+                self._let_rest(image.content_hash)
 
     def take_released(self) -> list[bytes]:
         """Hashes to release on the shards, each told once."""
         released, self._released = self._released, []
         return released
+
+    def _let_rest(self, content_hash: bytes) -> None:
+        if content_hash not in self._encoded:
+            return
+        self._idle[content_hash] = None
+        self._idle_tokens += self._encoded[content_hash]
+        while self._idle_tokens > self._max_idle_tokens:
+            oldest, _ = self._idle.popitem(last=False)
+            self._idle_tokens -= self._encoded.pop(oldest)
+            self._released.append(oldest)

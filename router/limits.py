@@ -23,6 +23,8 @@ def scheduler_limits(settings: RouterSettings) -> SchedulerLimits:
         max_waiting_tokens=settings.max_waiting_tokens,
         waiting_served_ratio=settings.waiting_served_ratio,
         max_step_tiles=settings.max_step_tiles,
+        vision_cache_tokens=settings.vision_cache_tokens,
+        prefix_caching=settings.prefix_caching,
     )
 
 

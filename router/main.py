@@ -68,7 +68,7 @@ async def _serve(settings: RouterSettings) -> int:
     template = ChatTemplate.from_folder(files.folder, config_path)
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
-    core = Core(shards, tokenizer, files.eos_ids, metrics)
+    core = Core(shards, tokenizer, files.eos_ids, metrics, settings.lookahead)
     validator = Validator(settings, core, tokenizer, files, template)
     app = create_app(settings, core, validator, files, metrics)
     server = _Server(_server_config(app, settings))
@@ -88,6 +88,7 @@ async def _serve(settings: RouterSettings) -> int:
         with contextlib.suppress(asyncio.CancelledError, ShardsLost, WarmupFailed):
             await running
         await shards.close()
+        validator.close()
     return 0
 
 

@@ -61,6 +61,10 @@ class Request:
     sampling: SamplingParams
     stopping: StoppingParams
     prompt_text: str = field(default="", repr=False)  # what return_full_text puts first
+    priority: int = 0  # higher goes first
+    fairness_key: str = ""  # requests of one key wait for each other, not for other keys'
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    use_prefix_cache: bool = True
     validation_s: float = 0.0  # time from arrival until this value existed
 
     @property

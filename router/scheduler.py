@@ -3,25 +3,40 @@
 Every step mixes what there is to do: one token for each decoding sequence, then chunks of prompts
 as far as the step's token budget reaches. Sequences join and leave at any step. Blocks are given
 as a sequence grows; when the pool is dry the youngest sequence is preempted and computed again
-later, which its client does not notice.
+later, which its client does not notice. Full blocks are found again by their content.
+
+A step may be planned before the tokens of the step before it are back ("lookahead"): a decode then
+stands for the token that is still on its way. A sequence that turns out to have ended is released in
+a later step and what was computed for it is dropped.
 
 The rules, and the setting behind each:
 
     tokens per step       decodes + chunks never exceed MAX_BATCH_PREFILL_TOKENS
     sequences per step    never more than MAX_BATCH_SIZE are running
     when to let one in    at once while nothing runs or enough wait (WAITING_SERVED_RATIO),
-                          else after MAX_WAITING_TOKENS decode steps
-    image tiles per step  at most `max_step_tiles`, but always one whole image
+                          else after MAX_WAITING_TOKENS decode steps; then also a share of the
+                          token budget is kept from prompts that are already running
+    who is let in first   preempted ones, then by priority, then fairly between keys, then by arrival;
+                          one that does not fit now may be overtaken MAX_OVERTAKES times
+    image tiles per step  at most MAX_STEP_TILES, but always one whole image
+    features kept         VISION_CACHE_TOKENS tokens of pictures that nobody needs at the moment
 """
 
-from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 
+from tessera.router.block_keys import extend_keys
 from tessera.router.blocks import BlockPool
 from tessera.router.image_store import ImageStore
 from tessera.router.request import PreparedImage
 from tessera.router.sequence import Sequence
+from tessera.router.waiting import WaitingQueue
+
+MAX_OVERTAKES = 16
+"""Later requests that may be let in before one that does not fit; bounds how long it can wait."""
+
+PATIENCE_SHARE = 2
+"""When a waiting sequence's patience is over, running prompts leave 1 / this of the budget to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,8 @@ class SchedulerLimits:
     max_waiting_tokens: int
     waiting_served_ratio: float
     max_step_tiles: int
+    vision_cache_tokens: int = 0
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,7 @@ class DecodePlan:
     """Compute a sequence's newest token and sample the next."""
 
     sequence: Sequence
-    token_id: int
+    token_id: int | None  # None: the one the shards sampled last for it
     context_len: int
     new_block_ids: tuple[int, ...]
 
@@ -90,28 +107,29 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self._images = ImageStore()
+        self.images = ImageStore(limits.vision_cache_tokens)
         self._released: list[int] = []
         self._decodes_since_admission = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Validation has refused what could never fit."""
         self.waiting.append(sequence)
-        self._images.need(sequence.sequence_id, _images_of(sequence))
+        self.images.need(sequence.sequence_id, _images_of(sequence))
 
     def next_step(self) -> StepPlan:
-        """Decide one step; it is empty when there is nothing to do."""
+        """Decide one step; it is empty when there is nothing to do before tokens come back."""
         # Pictures let go while this step is planned are still read by it: they go in the next one.
-        plan = StepPlan(released_images=self._images.take_released())
+        plan = StepPlan(released_images=self.images.take_released())
         budget = self.limits.max_step_tokens
         budget -= self._plan_decodes(plan, budget)
         may_admit = self._may_admit()
         self._plan_images(plan, may_admit)
-        for sequence in [s for s in self.running if _is_prefilling(s)]:
-            budget -= self._plan_chunk(plan, sequence, budget)
+        kept_back = budget // PATIENCE_SHARE if may_admit and self._patience_is_over() else 0
+        for sequence in [s for s in self.running if s.is_prefilling]:
+            budget -= self._plan_chunk(plan, sequence, min(budget, max(1, budget - kept_back)))
         if may_admit:
             self._admit(plan, budget)
         self._count_wait(plan)
@@ -119,39 +137,45 @@ class Scheduler:
         return plan
 
     def append_token(self, sequence: Sequence, token_id: int) -> None:
-        """Note the token a step sampled for a running sequence."""
+        """Note the token a step sampled."""
         sequence.token_ids.append(token_id)
+        sequence.num_pending -= 1
+        self._publish(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence that ended, failed or was cancelled, and take its blocks back."""
+    def finish(self, sequence: Sequence, *, is_tainted: bool = False) -> None:
+        """Forget a sequence that ended, failed or was cancelled, and take its blocks back.
+
+        Args:
+            is_tainted: what it computed is not to be trusted, so nobody may find it.
+        """
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        elif not self.waiting.remove(sequence):
             return
-        self._images.done(sequence.sequence_id, _images_of(sequence))
+        if is_tainted:
+            self.pool.forget(sequence.block_ids)
+        self.images.done(sequence.sequence_id, _images_of(sequence))
         self._give_back(sequence)
 
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         """One token for each decoding sequence, oldest first; returns the tokens used."""
         for sequence in list(self.running):
-            if _is_prefilling(sequence):  # or preempted a moment ago, to make room
+            if sequence.is_prefilling:  # or preempted a moment ago, to make room
                 continue
+            if sequence.is_exhausted:
+                continue  # its last tokens are on their way
             if len(plan.decodes) >= budget:
                 break
             new_blocks = self._grow(sequence, plan)
             if new_blocks is None:
                 continue  # it was itself the youngest and had to go
-            plan.decodes.append(
-                DecodePlan(
-                    sequence,
-                    sequence.token_ids[sequence.num_computed],
-                    sequence.num_computed + 1,
-                    tuple(new_blocks),
-                )
-            )
+            position = sequence.num_computed
+            known = position < len(sequence.token_ids)
+            token_id = sequence.token_ids[position] if known else None
+            plan.decodes.append(DecodePlan(sequence, token_id, position + 1, tuple(new_blocks)))
             sequence.num_computed += 1
+            sequence.num_pending += 1
+            self._publish(sequence)
         return len(plan.decodes)
 
     def _grow(self, sequence: Sequence, plan: StepPlan) -> list[int] | None:
@@ -173,8 +197,9 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.num_computed = 0
-        self._images.need(sequence.sequence_id, _images_of(sequence))
-        self.waiting.appendleft(sequence)
+        self.images.need(sequence.sequence_id, _images_of(sequence))
+        sequence.num_overtaken = MAX_OVERTAKES  # it has waited its turn before
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -184,36 +209,52 @@ class Scheduler:
             self._released.append(sequence.sequence_id)
             sequence.sent_to_shards = False
 
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others find the full blocks whose tokens are known and planned."""
+        if not (self.limits.prefix_caching and sequence.request.use_prefix_cache):
+            return
+        known = min(sequence.num_computed, len(sequence.token_ids))
+        full = min(known // self.pool.block_size, len(sequence.block_ids))
+        if full <= sequence.num_published:
+            return
+        keys = extend_keys(sequence, self.pool.block_size)
+        for index in range(sequence.num_published, full):
+            self.pool.publish(sequence.block_ids[index], keys[index])
+        sequence.num_published = full
+
     def _may_admit(self) -> bool:
         """Whether waiting sequences may join now; see the table at the top."""
         if not self.waiting or len(self.running) >= self.limits.max_batch_size:
             return False
         enough = len(self.waiting) >= len(self.running) * self.limits.waiting_served_ratio
-        patience_over = self._decodes_since_admission >= self.limits.max_waiting_tokens
-        return not self.running or enough or patience_over
+        return not self.running or enough or self._patience_is_over()
+
+    def _patience_is_over(self) -> bool:
+        return self._decodes_since_admission >= self.limits.max_waiting_tokens
 
     def _plan_images(self, plan: StepPlan, may_admit: bool) -> None:
         """Encode pictures of running prompts first, then of those that wait, together."""
         tiles = 0
-        candidates = [s for s in self.running if _is_prefilling(s)]
+        candidates = [s for s in self.running if s.is_prefilling]
         if may_admit:
             room = self.limits.max_batch_size - len(self.running)
             candidates += islice(self.waiting, room)
         for sequence in candidates:
-            for placed in sequence.images_between(sequence.num_computed, len(sequence.token_ids)):
+            first = sequence.num_computed or self._num_findable(sequence)
+            for placed in sequence.images_between(first, len(sequence.token_ids)):
                 image = placed.image
-                if self._images.is_encoded(image):
+                if self.images.is_encoded(image):
                     continue
                 if plan.images and tiles + image.num_tiles > self.limits.max_step_tiles:
                     return
                 tiles += image.num_tiles
                 plan.images.append(image)
-                self._images.mark_encoded(image)
+                self.images.mark_encoded(image)
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """The next piece of a running prompt; returns the tokens used."""
         first = sequence.num_computed
-        last = self._chunk_end(sequence, budget)
+        last = self._chunk_end(sequence, first, budget)
         if last <= first:
             return 0
         is_start = not sequence.sent_to_shards
@@ -221,48 +262,90 @@ class Scheduler:
         is_last = last == len(sequence.token_ids)
         plan.chunks.append(ChunkPlan(sequence, first, last, new_blocks, is_start, is_last))
         sequence.num_computed = last
+        sequence.num_pending += is_last
         sequence.sent_to_shards = True
+        self._images_read(sequence, first)
+        self._publish(sequence)
+        return last - first
+
+    def _images_read(self, sequence: Sequence, first: int) -> None:
+        """Let go of pictures whose last placeholder is planned and that do not come again."""
+        last = sequence.num_computed
+        later = {
+            placed.image.content_hash
+            for placed in sequence.images_between(last, len(sequence.token_ids))
+        }
         read = [
             placed.image
             for placed in sequence.images_between(first, last)
-            if placed.offset + placed.image.num_tokens <= last
+            if placed.image.content_hash not in later
         ]
-        self._images_read(sequence, read)
-        return last - first
+        self.images.done(sequence.sequence_id, read)
 
-    def _images_read(self, sequence: Sequence, read: list[PreparedImage]) -> None:
-        """Let go of pictures whose last placeholder is planned and that do not come again."""
-        later = {
-            placed.image.content_hash
-            for placed in sequence.images_between(sequence.num_computed, len(sequence.token_ids))
-        }
-        done = [image for image in read if image.content_hash not in later]
-        self._images.done(sequence.sequence_id, done)
-
-    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+    def _chunk_end(self, sequence: Sequence, first: int, budget: int) -> int:
         """As far as the budget reaches, but not into a picture that is not encoded yet."""
-        last = min(len(sequence.token_ids), sequence.num_computed + max(0, budget))
-        for placed in sequence.images_between(sequence.num_computed, last):
-            if not self._images.is_encoded(placed.image):
-                return min(last, placed.offset)
+        last = min(len(sequence.token_ids), first + max(0, budget))
+        for placed in sequence.images_between(first, last):
+            if not self.images.is_encoded(placed.image):
+                return max(first, min(last, placed.offset))
         return last
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Take from the head of the queue while budget, batch and pool have room."""
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_batch_size:
-            head = self.waiting[0]
-            if self._chunk_end(head, budget) <= head.num_computed:
-                return  # its picture waits for a later step
-            # Every running sequence may need a block soon; leave them one each.
-            needed = self.pool.blocks_for(len(head.token_ids))
-            if self.pool.num_free < needed + len(self.running):
+        """Let sequences in, in the queue's order, while budget, batch and pool have room."""
+        passed_over: list[Sequence] = []
+        for sequence in list(islice(self.waiting, MAX_OVERTAKES)):
+            if budget <= 0 or len(self.running) >= self.limits.max_batch_size:
                 return
-            blocks = self.pool.allocate(needed)
-            assert blocks is not None
-            head.block_ids = blocks
-            self.running.append(self.waiting.popleft())
-            self._decodes_since_admission = 0
-            budget -= self._plan_chunk(plan, head, budget)
+            used = self._let_in(plan, sequence, budget)
+            if used:
+                budget -= used
+                for overtaken in passed_over:
+                    overtaken.num_overtaken += 1
+            elif sequence.num_overtaken >= MAX_OVERTAKES:
+                return  # nobody else until it fits
+            else:
+                passed_over.append(sequence)
+
+    def _let_in(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        """Start a waiting sequence if it fits now; returns the tokens planned for it."""
+        if sequence.num_pending:
+            return 0  # preempted with a token on its way, which belongs to what is computed again
+        cached = self._cached_blocks(sequence)
+        first = len(cached) * self.pool.block_size
+        missing = self.pool.blocks_for(len(sequence.token_ids)) - len(cached)
+        fits = self.pool.num_free >= missing + len(self.running)  # one each may be needed soon
+        if not fits or self._chunk_end(sequence, first, budget) <= first:
+            self.pool.free(cached)
+            return 0
+        blocks = self.pool.allocate(missing)
+        assert blocks is not None
+        sequence.block_ids = cached + blocks
+        sequence.num_computed = first
+        sequence.num_published = len(cached)
+        if not sequence.was_admitted:
+            sequence.was_admitted, sequence.num_cached = True, first
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self._decodes_since_admission = 0
+        return self._plan_chunk(plan, sequence, budget)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Hold the blocks that are known already."""
+        return self.pool.match(self._prefix_keys(sequence))
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that need not be computed, as things are now."""
+        return self.pool.count_findable(self._prefix_keys(sequence)) * self.pool.block_size
+
+    def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the blocks that may be taken from the cache; one token is left to compute."""
+        request = sequence.request
+        if not (self.limits.prefix_caching and request.use_prefix_cache):
+            return []
+        if request.sampling.prompt_logprobs:
+            return []  # every position must be computed to be scored
+        keys = extend_keys(sequence, self.pool.block_size)
+        return keys[: (len(sequence.token_ids) - 1) // self.pool.block_size]
 
     def _count_wait(self, plan: StepPlan) -> None:
         """Count decode steps that went by while somebody waited."""
@@ -270,12 +353,6 @@ class Scheduler:
             self._decodes_since_admission = 0
         elif plan.decodes:
             self._decodes_since_admission += 1
-
-
-def _is_prefilling(sequence: Sequence) -> bool:
-    """Whether a running sequence still has prompt (or rebuilt) tokens to compute by chunks."""
-    in_prompt = sequence.num_computed < sequence.num_prompt_tokens
-    return in_prompt or sequence.num_uncomputed > 1 or not sequence.sent_to_shards
 
 
 def _images_of(sequence: Sequence) -> list[PreparedImage]:

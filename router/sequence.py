@@ -9,17 +9,24 @@ from tessera.router.request import PlacedImage, Request
 class Sequence:
     """One generation, from admission to its last token.
 
-    `token_ids` holds prompt and generated tokens. The cache holds the first `num_computed` of them
-    (those of steps still under way included). A preempted sequence starts again from 0 and computes
-    prompt and generated tokens alike.
+    `token_ids` holds prompt and generated tokens as far as they are known; `num_pending` more have
+    been planned and are not back yet. The cache holds the first `num_computed` of them all, once the
+    steps under way are done. A preempted sequence starts again from 0 and computes prompt and
+    generated tokens alike.
     """
 
     sequence_id: int
     request: Request
     token_ids: list[int] = field(init=False)
+    num_pending: int = 0
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of the known full blocks
+    num_published: int = 0  # blocks that others can find
+    num_cached: int = 0  # prompt tokens that were found when it was first let in
+    num_overtaken: int = 0  # sequences that were let in before it although they came later
     sent_to_shards: bool = False
+    was_admitted: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -36,8 +43,20 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Known tokens the cache does not hold yet; 1 in steady decode."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens, known or pending, the cache does not hold yet; 1 in steady decode."""
+        return len(self.token_ids) + self.num_pending - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether it goes on by chunks: its prompt, or what is computed again, is not in the cache."""
+        in_prompt = self.num_computed < self.num_prompt_tokens
+        return in_prompt or self.num_uncomputed > 1 or not self.sent_to_shards
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all tokens it may generate are planned."""
+        planned = self.num_generated + self.num_pending
+        return planned >= self.request.stopping.max_new_tokens
 
     def images_between(self, first: int, last: int) -> list[PlacedImage]:
         """Images with a placeholder at a position in [first, last)."""

@@ -58,6 +58,17 @@ class RouterSettings:
         0.3, "waiting requests per running one that let a prefill in before that", number(0)
     )
     max_step_tiles: int = setting(40, "image tiles encoded in one step", integer(1))
+    lookahead: int = setting(
+        1, "steps sent to the shards before the tokens of the one before them are back", integer(0, 4)
+    )
+    prefix_caching: bool = setting(
+        True, "keep the KV cache of finished requests for those that begin alike", boolean
+    )
+    vision_cache_tokens: int = setting(
+        16384,
+        "features of pictures nobody asks about at the moment, kept on the shards; in tokens",
+        integer(0),
+    )
     max_best_of: int = setting(2, "largest best_of and n of a request", integer(1, 128))
     max_stop_sequences: int = setting(4, "stop sequences of a request", integer(0, 1024))
     max_top_n_tokens: int = setting(5, "alternatives reported per token", integer(0, 1024))

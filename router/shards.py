@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import grpc
 
 from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.router.request import SamplingParams
 from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
 from tessera.router.sequence import Sequence
 
@@ -84,16 +85,29 @@ class ShardGroup:
         self._streams = [stub.Steps() for stub in self._stubs]
         return min(reply.num_blocks for reply in replies)
 
-    async def run(self, plan: StepPlan) -> shard_pb2.StepReply:
-        """Send one step to all ranks and wait for it.
+    async def send(self, plan: StepPlan) -> int:
+        """Send one step to all ranks; returns its id, to `receive` it by, in the order of sending.
+
+        Raises:
+            ShardsLost: a rank does not take it.
+        """
+        step = step_message(plan, self._next_step_id)
+        self._next_step_id += 1
+        for rank, stream in enumerate(self._streams):
+            try:
+                await stream.write(step)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
+        return step.step_id
+
+    async def receive(self, step_id: int) -> shard_pb2.StepReply:
+        """Rank 0's reply to a step, once all ranks have replied.
 
         Raises:
             ShardsLost: a rank did not answer this step.
         """
-        step = step_message(plan, self._next_step_id)
-        self._next_step_id += 1
         replies = await asyncio.gather(
-            *(self._exchange(rank, stream, step) for rank, stream in enumerate(self._streams))
+            *(self._reply(rank, stream, step_id) for rank, stream in enumerate(self._streams))
         )
         return replies[0]
 
@@ -111,18 +125,15 @@ class ShardGroup:
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(poll_s)
 
-    async def _exchange(
-        self, rank: int, stream: StepStream, step: shard_pb2.Step
-    ) -> shard_pb2.StepReply:
+    async def _reply(self, rank: int, stream: StepStream, step_id: int) -> shard_pb2.StepReply:
         try:
-            await stream.write(step)
             reply = await stream.read()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
         if not isinstance(reply, shard_pb2.StepReply):  # grpc.aio.EOF
             raise ShardsLost(f"rank {rank} closed its stream: {await stream.details()}")
-        if reply.step_id != step.step_id:
-            raise ShardsLost(f"rank {rank} answered step {reply.step_id}, not {step.step_id}")
+        if reply.step_id != step_id:
+            raise ShardsLost(f"rank {rank} answered step {reply.step_id}, not {step_id}")
         return reply
 
 
@@ -169,7 +180,16 @@ def _chunk_message(chunk: ChunkPlan) -> shard_pb2.Chunk:
     if chunk.is_start:
         message.sampling.CopyFrom(sampling_message(sequence))
         message.num_prompt_tokens = sequence.num_prompt_tokens
+        if _counts_tokens(sequence.request.sampling):
+            message.cached_token_ids.extend(sequence.token_ids[: chunk.first])
     return message
+
+
+def _counts_tokens(params: SamplingParams) -> bool:
+    """Whether the shard must know the ids of tokens it does not compute."""
+    return bool(
+        params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+    )
 
 
 def _spans(chunk: ChunkPlan) -> list[shard_pb2.ImageSpan]:

@@ -135,16 +135,26 @@ class BatchBuilder:
 
     def _chunk_sequence(self, chunk: shard_pb2.Chunk) -> SequenceState:
         sequence = self.sequences.get(chunk.sequence_id)
-        if sequence is None and chunk.first_position == 0:
-            sequence = SequenceState(
-                chunk.sequence_id, self._tables.new_row(), chunk.sampling, chunk.num_prompt_tokens
-            )
-            self.sequences[chunk.sequence_id] = sequence
+        if sequence is None and chunk.HasField("sampling"):
+            sequence = self._start(chunk)
         if sequence is None or sequence.context_len != chunk.first_position:
             have = "no such sequence" if sequence is None else f"{sequence.context_len} tokens"
             raise DivergenceError(
                 f"sequence {chunk.sequence_id}: chunk from {chunk.first_position}, have {have}"
             )
+        return sequence
+
+    def _start(self, chunk: shard_pb2.Chunk) -> SequenceState:
+        """A new sequence; what lies before its first position was computed for others."""
+        sequence = SequenceState(
+            chunk.sequence_id,
+            self._tables.new_row(),
+            chunk.sampling,
+            chunk.num_prompt_tokens,
+            context_len=chunk.first_position,
+            token_ids=list(chunk.cached_token_ids) or [0] * chunk.first_position,
+        )
+        self.sequences[chunk.sequence_id] = sequence
         return sequence
 
     def _grow(self, sequence: SequenceState, block_ids: list[int]) -> None:

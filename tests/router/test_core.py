@@ -35,8 +35,12 @@ class ScriptedShards:
         self.lost_at: int | None = None
         self.gate: asyncio.Event | None = None  # steps wait for it
 
-    async def run(self, plan: StepPlan) -> shard_pb2.StepReply:
+    async def send(self, plan: StepPlan) -> int:
         self.plans.append(plan)
+        return len(self.plans) - 1
+
+    async def receive(self, step_id: int) -> shard_pb2.StepReply:
+        plan = self.plans[step_id]
         await (self.gate.wait() if self.gate else asyncio.sleep(0))
         if self.lost_at is not None and len(self.plans) > self.lost_at:
             raise ShardsLost("rank 1 is gone")

@@ -1,14 +1,13 @@
-"""The scheduler's rules one by one, then its promises under random load."""
+"""The scheduler's rules one by one."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tessera.router.blocks import BlockPool
 from tessera.router.request import PlacedImage, PreparedImage, Request, SamplingParams, StoppingParams
-from tessera.router.scheduler import Scheduler, SchedulerLimits, StepPlan
+from tessera.router.scheduler import MAX_OVERTAKES, Scheduler, SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -21,6 +20,7 @@ def make_scheduler(num_blocks: int = 64, **changes: float) -> Scheduler:
         "max_waiting_tokens": 3,
         "waiting_served_ratio": 100.0,
         "max_step_tiles": 8,
+        "prefix_caching": False,
     }
     limits = SchedulerLimits(**(values | changes))  # type: ignore[arg-type]
     return Scheduler(limits, BlockPool(num_blocks, BLOCK_SIZE))
@@ -35,10 +35,11 @@ def make_sequence(
     prompt_tokens: int = 4,
     max_new_tokens: int = 4,
     images: tuple[PlacedImage, ...] = (),
+    **changes: Any,
 ) -> Sequence:
-    request = Request(
-        tuple(range(prompt_tokens)), images, SamplingParams(), StoppingParams(max_new_tokens)
-    )
+    ids = tuple(range(prompt_tokens))
+    sampling = changes.pop("sampling", SamplingParams())
+    request = Request(ids, images, sampling, StoppingParams(max_new_tokens), **changes)
     return Sequence(sequence_id, request)
 
 
@@ -216,97 +217,187 @@ def test_a_block_cannot_come_back_twice() -> None:
         pool.free(blocks)
 
 
-@st.composite
-def loads(draw: st.DrawFn) -> tuple[dict[str, int], list[Sequence], list[int], int]:
-    num_blocks = draw(st.integers(6, 24))
-    most = num_blocks * BLOCK_SIZE
-    sequences = []
-    for n in range(draw(st.integers(1, 10))):
-        prompt = draw(st.integers(1, most - 1))
-        new = draw(st.integers(1, min(12, most - prompt)))
-        images: tuple[PlacedImage, ...] = ()
-        if prompt >= 8 and draw(st.booleans()):
-            offset = draw(st.integers(0, prompt - 6))
-            images = (PlacedImage(make_image(draw(st.integers(1, 3))), offset),)
-        sequences.append(make_sequence(n + 1, prompt, new, images))
-    batch = draw(st.integers(1, 5))
-    limits = {
-        "max_batch_size": batch,
-        "max_step_tokens": draw(st.integers(batch, 40)),
-        "max_waiting_tokens": draw(st.integers(0, 6)),
-        "waiting_served_ratio": draw(st.sampled_from([0, 1, 100])),
-        "max_step_tiles": draw(st.sampled_from([1, 4, 8])),
-    }
-    cancelled = draw(st.lists(st.integers(1, 10), max_size=3))
-    return limits, sequences, cancelled, num_blocks
+def cached_scheduler(**changes: float) -> Scheduler:
+    return make_scheduler(prefix_caching=True, waiting_served_ratio=0, **changes)
 
 
-class CheckingShard:
-    """Follows the plans as a shard would and objects to everything it could not compute."""
-
-    def __init__(self) -> None:
-        self.computed: dict[int, int] = {}
-        self.blocks: dict[int, list[int]] = {}
-        self.features: set[bytes] = set()
-
-    def run(self, plan: StepPlan) -> None:
-        for sequence_id in plan.released_sequence_ids:
-            del self.computed[sequence_id], self.blocks[sequence_id]
-        for content_hash in plan.released_images:
-            self.features.remove(content_hash)
-        for image in plan.images:
-            assert image.content_hash not in self.features
-            self.features.add(image.content_hash)
-        for row in plan.decodes:
-            sequence = row.sequence
-            self._compute(sequence, row.context_len - 1, row.context_len, row.new_block_ids)
-            assert row.token_id == sequence.token_ids[row.context_len - 1]
-        for chunk in plan.chunks:
-            if chunk.is_start:
-                assert chunk.sequence.sequence_id not in self.computed
-                self.computed[chunk.sequence.sequence_id] = 0
-                self.blocks[chunk.sequence.sequence_id] = []
-            self._compute(chunk.sequence, chunk.first, chunk.last, chunk.new_block_ids)
-            for placed in chunk.sequence.images_between(chunk.first, chunk.last):
-                assert placed.image.content_hash in self.features
-        owned = [block for blocks in self.blocks.values() for block in blocks]
-        assert len(owned) == len(set(owned)), "two sequences share a block"
-
-    def _compute(self, sequence: Sequence, first: int, last: int, blocks: tuple[int, ...]) -> None:
-        assert self.computed[sequence.sequence_id] == first < last
-        self.computed[sequence.sequence_id] = last
-        self.blocks[sequence.sequence_id] += blocks
-        assert len(self.blocks[sequence.sequence_id]) * BLOCK_SIZE >= last
+def first_chunk(scheduler: Scheduler) -> tuple[int, int]:
+    (chunk,) = scheduler.next_step().chunks
+    return chunk.first, chunk.last
 
 
-@settings(max_examples=300, deadline=None)
-@given(loads())
-def test_every_load_is_served_within_the_limits(
-    load: tuple[dict[str, int], list[Sequence], list[int], int],
-) -> None:
-    limits, sequences, cancelled, num_blocks = load
-    scheduler = make_scheduler(num_blocks, **limits)
-    shard = CheckingShard()
-    for sequence in sequences:
-        scheduler.add(sequence)
-    for step in range(4000):
+def finish_one(scheduler: Scheduler, sequence: Sequence) -> None:
+    scheduler.add(sequence)
+    while sequence in scheduler.running or sequence in list(scheduler.waiting):
+        sample_all(scheduler, scheduler.next_step())
+
+
+def test_a_prefix_is_found_again_after_its_sequence_ended_generated_tokens_included() -> None:
+    scheduler = cached_scheduler()
+    first = make_sequence(1, prompt_tokens=6, max_new_tokens=7)
+    finish_one(scheduler, first)  # computed 12 of 13 tokens: three full blocks
+    second = make_sequence(2, prompt_tokens=6, max_new_tokens=1)
+    second.request = Request(
+        (*first.token_ids, 1, 2), (), SamplingParams(), StoppingParams(1)
+    )
+    second.token_ids = list(second.request.prompt_ids)
+    scheduler.add(second)
+    assert first_chunk(scheduler) == (12, 15)
+    assert second.num_cached == 12
+
+
+def test_a_prefix_is_shared_by_sequences_that_run_at_the_same_time() -> None:
+    scheduler = cached_scheduler(num_blocks=12)
+    scheduler.add(make_sequence(1, prompt_tokens=30))
+    scheduler.next_step()
+    scheduler.add(make_sequence(2, prompt_tokens=30))
+    assert [(c.first, c.last) for c in scheduler.next_step().chunks] == [(28, 30)]
+    assert scheduler.pool.num_free == 12 - 8 - 1
+
+
+def test_one_token_is_always_computed() -> None:
+    scheduler = cached_scheduler()
+    finish_one(scheduler, make_sequence(1, prompt_tokens=8, max_new_tokens=5))
+    scheduler.add(make_sequence(2, prompt_tokens=8))
+    assert first_chunk(scheduler) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_prefix_cache": False},
+        {"cache_salt": "another tenant"},
+        {"sampling": SamplingParams(prompt_logprobs=True)},
+    ],
+)
+def test_what_keeps_a_request_from_using_the_cache(changes: dict[str, Any]) -> None:
+    scheduler = cached_scheduler()
+    finish_one(scheduler, make_sequence(1, prompt_tokens=12))
+    scheduler.add(make_sequence(2, prompt_tokens=12, **changes))
+    assert first_chunk(scheduler) == (0, 12)
+
+
+def test_the_cache_can_be_switched_off() -> None:
+    scheduler = make_scheduler()
+    finish_one(scheduler, make_sequence(1, prompt_tokens=12))
+    scheduler.add(make_sequence(2, prompt_tokens=12))
+    assert first_chunk(scheduler) == (0, 12)
+    assert scheduler.pool.num_kept == 0
+
+
+@pytest.mark.parametrize(("name", "offset", "expected"), [(5, 3, 12), (6, 3, 0), (5, 2, 0)])
+def test_pictures_are_part_of_a_blocks_address(name: int, offset: int, expected: int) -> None:
+    """All placeholders have the same id, so only the picture and its place tell them apart."""
+    scheduler = cached_scheduler()
+    placed = PlacedImage(make_image(5), offset=3)
+    finish_one(scheduler, make_sequence(1, prompt_tokens=14, images=(placed,)))
+    again = PlacedImage(make_image(name), offset=offset)
+    scheduler.add(make_sequence(2, prompt_tokens=14, images=(again,)))
+    plan = scheduler.next_step()
+    assert plan.chunks[0].first == expected
+    assert bool(plan.images) == (expected == 0)  # a picture that is all in the cache is not encoded
+
+
+def test_features_stay_for_the_next_request_as_long_as_they_fit() -> None:
+    scheduler = make_scheduler(vision_cache_tokens=12)
+    released: list[bytes] = []
+    for number, name in enumerate((1, 2, 1, 3, 1)):
+        placed = PlacedImage(make_image(name), offset=0)
+        scheduler.add(make_sequence(number, 10, 1, images=(placed,)))
         plan = scheduler.next_step()
-        if plan.is_empty:
-            break
-        assert plan.num_tokens <= limits["max_step_tokens"]
-        assert len(scheduler.running) <= limits["max_batch_size"]
-        shard.run(plan)
-        if step < len(cancelled):
-            for sequence in sequences:
-                if sequence.sequence_id == cancelled[step]:
-                    scheduler.finish(sequence)
-        still = {id(s) for s in scheduler.running}
-        plan.decodes = [row for row in plan.decodes if id(row.sequence) in still]
-        plan.chunks = [chunk for chunk in plan.chunks if id(chunk.sequence) in still]
+        assert bool(plan.images) == (number in (0, 1, 3))
         sample_all(scheduler, plan)
-    assert not scheduler.running and not scheduler.waiting
-    assert scheduler.pool.num_free == num_blocks
-    assert shard.computed == {} and shard.features == set()
-    for sequence in sequences:
-        if sequence.sequence_id not in cancelled:
-            assert sequence.num_generated == sequence.request.stopping.max_new_tokens
+        released += plan.released_images
+    assert [content_hash[0] for content_hash in released] == [2]
+
+
+def test_tainted_blocks_are_never_found() -> None:
+    scheduler = cached_scheduler()
+    sequence = make_sequence(1, prompt_tokens=12)
+    scheduler.add(sequence)
+    scheduler.next_step()
+    scheduler.finish(sequence, is_tainted=True)
+    scheduler.add(make_sequence(2, prompt_tokens=12))
+    assert first_chunk(scheduler) == (0, 12)
+
+
+def test_kept_content_gives_way_to_new_content_oldest_first() -> None:
+    scheduler = cached_scheduler(num_blocks=6)
+    finish_one(scheduler, make_sequence(1, prompt_tokens=8, max_new_tokens=1))
+    finish_one(scheduler, make_sequence(2, prompt_tokens=8, max_new_tokens=1, cache_salt="b"))
+    assert scheduler.pool.num_kept == 4
+    finish_one(scheduler, make_sequence(3, prompt_tokens=14, max_new_tokens=1, cache_salt="c"))
+    for number, (salt, first) in enumerate((("b", 4), ("", 0)), start=4):
+        scheduler.add(make_sequence(number, prompt_tokens=8, max_new_tokens=1, cache_salt=salt))
+        plan = scheduler.next_step()
+        assert plan.chunks[0].first == first
+        sample_all(scheduler, plan)
+
+
+def test_lookahead_decodes_the_token_that_is_still_on_its_way() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(1, max_new_tokens=3)
+    scheduler.add(sequence)
+    scheduler.next_step()
+    (ahead,) = scheduler.next_step().decodes
+    assert (ahead.token_id, ahead.context_len) == (None, 5)
+    (further,) = scheduler.next_step().decodes
+    assert (further.token_id, further.context_len) == (None, 6)
+    assert scheduler.next_step().is_empty  # all three tokens are planned
+
+
+def test_a_sequence_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
+    scheduler = make_scheduler(num_blocks=10, waiting_served_ratio=0, max_step_tokens=40)
+    scheduler.add(make_sequence(0, prompt_tokens=8, max_new_tokens=20))
+    sample_all(scheduler, scheduler.next_step())
+    big = make_sequence(1, prompt_tokens=36, max_new_tokens=1)
+    scheduler.add(big)
+    overtakers = 0
+    for number in range(2, 60):
+        scheduler.add(make_sequence(number, prompt_tokens=3, max_new_tokens=1))
+        plan = scheduler.next_step()
+        overtakers += sum(s not in (0, 1) for s in started(plan))
+        sample_all(scheduler, plan)
+        if big.num_generated:
+            break
+    assert big.num_generated == 1
+    assert 0 < overtakers <= MAX_OVERTAKES + 1
+
+
+def test_priority_goes_first_and_keys_take_turns() -> None:
+    scheduler = make_scheduler(max_batch_size=1, waiting_served_ratio=0)
+    for number, key in enumerate("aaaab"):
+        scheduler.add(make_sequence(number, max_new_tokens=1, fairness_key=key))
+    scheduler.add(make_sequence(9, max_new_tokens=1, fairness_key="a", priority=1))
+    order = [number for plan in run(scheduler, 8) for number in started(plan)]
+    assert order == [9, 0, 4, 1, 2, 3]
+
+
+def test_patience_keeps_budget_from_prompts_that_are_running() -> None:
+    scheduler = make_scheduler(max_step_tokens=8, max_waiting_tokens=2)
+    scheduler.add(make_sequence(0, max_new_tokens=50))
+    sample_all(scheduler, scheduler.next_step())
+    scheduler.add(make_sequence(1, prompt_tokens=90))
+    plans = list(run(scheduler, 4))
+    scheduler.add(make_sequence(2))
+    plans = list(run(scheduler, 3))
+    assert [2 in started(plan) for plan in plans] == [False, False, True]
+
+
+def test_a_preempted_sequence_waits_for_the_token_that_is_on_its_way() -> None:
+    scheduler = make_scheduler(num_blocks=3, waiting_served_ratio=0)
+    old, young = make_sequence(1, 4, 8), make_sequence(2, 3, 8)
+    scheduler.add(old)
+    scheduler.add(young)
+    scheduler.next_step()  # both start
+    scheduler.append_token(old, 7)
+    scheduler.append_token(young, 7)
+    scheduler.next_step()  # both decode; the old one takes the last block
+    scheduler.append_token(old, 7)
+    assert scheduler.next_step().decodes[0].sequence is old  # the young one needs a block: preempted
+    assert (scheduler.num_preemptions, young.num_pending) == (1, 1)
+    scheduler.finish(old)  # now there is room
+    assert scheduler.next_step().chunks == []
+    scheduler.append_token(young, 8)
+    (chunk,) = scheduler.next_step().chunks
+    assert (chunk.first, chunk.last) == (0, 5)

@@ -71,6 +71,12 @@ def test_sampling_is_sent_with_the_first_chunk_only_and_neutral_values_not_at_al
     assert sampling.repetition_penalty == pytest.approx(1.2)
 
 
+def test_cached_ids_are_sent_only_where_a_penalty_counts_them() -> None:
+    for sampling, expected in (({}, []), ({"frequency_penalty": 0.5}, list(range(100, 108)))):
+        plan = StepPlan(chunks=[ChunkPlan(make_sequence(**sampling), 8, 20, (1,), True, True)])
+        assert list(step_message(plan, 0).chunks[0].cached_token_ids) == expected
+
+
 def test_pictures_and_releases_are_sent() -> None:
     plan = StepPlan(images=[IMAGE], released_sequence_ids=[4], released_images=[b"x" * 16])
     message = step_message(plan, 9)
@@ -150,7 +156,7 @@ async def two_steps(group: ShardGroup) -> list[int]:
     tokens = []
     for token in (7, 8):
         row = DecodePlan(make_sequence(), token, 21, ())
-        reply = await group.run(StepPlan(decodes=[row]))
+        reply = await group.receive(await group.send(StepPlan(decodes=[row])))
         tokens += [sampled.token_id for sampled in reply.tokens]
     return tokens
 

@@ -148,6 +148,28 @@ def test_features_stay_until_released(engine: Engine) -> None:
     assert not reply.tokens
 
 
+def test_a_sequence_may_start_behind_blocks_that_others_computed(
+    engine: Engine, model: TableModel
+) -> None:
+    penalty = shard_pb2.SamplingParams(repetition_penalty=1000.0)
+    favourite = int(model.table_VV[7].argmax())
+    start = shard_pb2.Chunk(
+        sequence_id=2,
+        first_position=4,
+        token_ids=[6, 7],
+        cached_token_ids=[favourite, 1, 2, 3],
+        new_block_ids=[10, 11],
+        is_last=True,
+        sampling=penalty,
+        num_prompt_tokens=6,
+    )
+    reply = engine.run(shard_pb2.Step(chunks=[start]))
+    assert tokens(reply)[2] != favourite  # it stands in the part that was not computed again
+    layout = model.layouts[-1]
+    assert layout.positions_T.tolist() == [4, 5]
+    assert layout.slots_T.tolist() == [44, 45] and layout.context_lens == (6,)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_prompt_logprobs_are_the_models_whatever_the_chunks(
     engine: Engine, model: TableModel, cut: int
@@ -171,7 +193,7 @@ def test_prompt_logprobs_are_the_models_whatever_the_chunks(
     "step",
     [
         shard_pb2.Step(decodes=[shard_pb2.DecodeRow(sequence_id=5, context_len=3)]),
-        shard_pb2.Step(chunks=[chunk(0, [1], first=4)]),
+        shard_pb2.Step(chunks=[chunk(0, [1], first=4, sampling=None)]),
     ],
 )
 def test_a_step_about_an_unknown_sequence_is_a_divergence(
@@ -188,7 +210,11 @@ def test_many_sequences_come_and_go(engine: Engine) -> None:
                 released_sequence_ids=[sequence_id - 3] if sequence_id > 2 else [],
                 chunks=[
                     shard_pb2.Chunk(
-                        sequence_id=sequence_id, token_ids=[1], new_block_ids=[1], is_last=True
+                        sequence_id=sequence_id,
+                        token_ids=[1],
+                        new_block_ids=[1],
+                        is_last=True,
+                        sampling=shard_pb2.SamplingParams(),
                     )
                 ],
             )
