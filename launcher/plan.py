@@ -198,4 +198,4 @@ def _inherited(settings: Settings) -> dict[str, str]:
 
 
 def _module(name: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", name)
+    return (sys.executable, "-P", "-m", name)  # -P: import nothing from the current folder

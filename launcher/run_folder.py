@@ -26,8 +26,7 @@ def run_folder(parent: Path) -> Iterator[Path]:
     sweep(parent)
     try:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mode 0700
-        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = _hold_lock(folder)
     except OSError as error:
         raise LaunchError(
             f"cannot make a folder in {parent}: {error.strerror}; set TMPDIR to a writable one."
@@ -37,6 +36,15 @@ def run_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _hold_lock(folder: Path) -> int:
+    """Lock first, then show the file: one that is there and not locked belongs to nobody."""
+    hidden = folder / f"{LOCK}.new"
+    lock = os.open(hidden, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    hidden.rename(folder / LOCK)
+    return lock
 
 
 def sweep(parent: Path) -> None:

@@ -115,12 +115,13 @@ class Child:
 
     @property
     def last_words(self) -> str:
-        """Why it ended, in its own words: its `Error:` line, or else the last lines it printed."""
+        """What it said in the end: its `Error:` line, or else the last lines it printed."""
         errors = [line for line in self._tail if line.startswith(ERROR_PREFIX)]
         if errors:
-            return errors[-1].removeprefix(ERROR_PREFIX)
+            return f": {errors[-1].removeprefix(ERROR_PREFIX)}"
         told = [line.strip() for line in self._tail if line.strip("~^ ")]  # not a traceback's marks
-        return " | ".join(told[-SHOWN_TAIL_LINES:])
+        shown = " | ".join(told[-SHOWN_TAIL_LINES:])
+        return f"; it said last: {shown}" if shown else "."
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -297,7 +298,7 @@ class Supervisor:
 
     def _describe_death(self, event: Ended) -> str:
         words = next(child.last_words for child in self._children if child.name == event.name)
-        return f"{event.name} {how_it_ended(event.code)}" + (f": {words}" if words else ".")
+        return f"{event.name} {how_it_ended(event.code)}{words}"
 
 
 def how_it_ended(code: int) -> str:
@@ -308,4 +309,5 @@ def how_it_ended(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = "an unknown signal"
-    return f"was killed by {name} (signal {-code})"
+    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return f"was killed by {name} (signal {-code}){hint}"

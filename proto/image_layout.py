@@ -5,9 +5,13 @@ with it. Integer arithmetic throughout, so that both ends agree on every size.
 
 Words: a *canvas* is the size a picture is fitted into before it is cut into square *tiles*; the
 *overview* is the whole picture squeezed into one tile; a *patch* gives one feature.
+
+A picture that must not become too many tokens is laid out on a smaller canvas, or as its overview
+alone. The tiles down and across then say all: from them and the picture's size both ends make the same
+plan.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +63,11 @@ class AnyResLayout:
         return self.side**2 + (self.strategy == "full")
 
     @property
+    def min_tokens(self) -> int:
+        """Fewest tokens any picture can become: those of its overview."""
+        return self.overview_tokens
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens any picture can become."""
         most = max(h // self.patch * (w // self.patch + 1) for h, w in self.pinpoints)
@@ -69,8 +78,12 @@ class AnyResLayout:
         """Most tiles any picture can become."""
         return 1 + max((h // self.tile) * (w // self.tile) for h, w in self.pinpoints)
 
-    def plan(self, height: int, width: int) -> ImagePlan:
+    def plan(self, height: int, width: int, max_tokens: int | None = None) -> ImagePlan:
         """Tiling of a picture of `height` x `width` pixels, both at least 1.
+
+        Args:
+            max_tokens: only canvases on which the picture becomes at most so many tokens count; if
+                there is none, the overview stands alone, also when even that is more. None: all.
 
         The overview gives (tile / patch)**2 features (one more when `full`). The grid gives one
         feature per patch that is not padding, plus one `image_newline` after each patch row.
@@ -85,7 +98,32 @@ class AnyResLayout:
             height * columns / width to 7 digits before truncating; integer division gives the
             same up to 20,000 pixels.)
         """
-        canvas = self._best_canvas(height, width)
+        canvases = self.pinpoints
+        if max_tokens is not None:
+            fits = [self._on_canvas(height, width, c).num_tokens <= max_tokens for c in canvases]
+            canvases = tuple(c for c, fit in zip(canvases, fits, strict=True) if fit)
+        if not canvases:
+            return self._overview_only()
+        return self._on_canvas(height, width, _best_canvas(height, width, canvases))
+
+    def plan_on(self, height: int, width: int, grid: tuple[int, int]) -> ImagePlan:
+        """Tiling of a picture on so many tiles down and across; (0, 0): the overview alone.
+
+        Raises:
+            ImageLayoutError: no canvas has that grid.
+        """
+        if grid == (0, 0):
+            return self._overview_only()
+        canvas = (grid[0] * self.tile, grid[1] * self.tile)
+        if canvas not in self.pinpoints:
+            raise ImageLayoutError(f"no canvas of this model has {grid[0]} x {grid[1]} tiles.")
+        return self._on_canvas(height, width, canvas)
+
+    def _overview_only(self) -> ImagePlan:
+        whole = (self.tile, self.tile)
+        return ImagePlan(whole, whole, (0, 0), (0, 0), (0, 0), (0, 0), self.overview_tokens)
+
+    def _on_canvas(self, height: int, width: int, canvas: tuple[int, int]) -> ImagePlan:
         resized = _fit(height, width, canvas)
         offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
         rows, columns = canvas[0] // self.patch, canvas[1] // self.patch
@@ -105,16 +143,6 @@ class AnyResLayout:
             num_tokens=self.overview_tokens + kept[0] * (kept[1] + 1),
         )
 
-    def _best_canvas(self, height: int, width: int) -> tuple[int, int]:
-        """The canvas that keeps most of the picture's pixels; among equals, the smallest waste."""
-
-        def kept_and_waste(canvas: tuple[int, int]) -> tuple[int, int]:
-            scale = min(canvas[1] / width, canvas[0] / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - canvas[0] * canvas[1]
-
-        return max(self.pinpoints, key=kept_and_waste)
-
 
 @dataclass(frozen=True, slots=True)
 class CropLayout:
@@ -125,17 +153,25 @@ class CropLayout:
     strategy: Strategy = "default"
 
     @property
-    def max_tokens(self) -> int:
-        """Most tokens any picture can become; every picture becomes as many."""
+    def min_tokens(self) -> int:
+        """Tokens of a picture; every picture becomes as many."""
         return (self.tile // self.patch) ** 2 + (self.strategy == "full")
+
+    @property
+    def max_tokens(self) -> int:
+        """The same: there is nothing to leave out."""
+        return self.min_tokens
 
     @property
     def max_tiles(self) -> int:
         """One: the crop."""
         return 1
 
-    def plan(self, height: int, width: int) -> ImagePlan:
+    def plan(self, height: int, width: int, max_tokens: int | None = None) -> ImagePlan:
         """Resize and crop of a picture of `height` x `width` pixels, both at least 1.
+
+        Args:
+            max_tokens: changes nothing, because there are no canvases to choose from.
 
         Source: transformers 5.23, `get_resize_output_image_size` (shortest edge, no limit on the
         longest: int(shortest * longest / shortest edge)) and `center_crop`.
@@ -207,6 +243,19 @@ def _checked_pinpoints(pinpoints: Any, tile: int) -> tuple[tuple[int, int], ...]
                 f"image_size={tile}."
             )
     return pairs
+
+
+def _best_canvas(
+    height: int, width: int, canvases: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The canvas that keeps most of the picture's pixels; among equals, the smallest waste."""
+
+    def kept_and_waste(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - canvas[0] * canvas[1]
+
+    return max(canvases, key=kept_and_waste)
 
 
 def _fit(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:

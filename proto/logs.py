@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 QUEUE_LINES = 10_000  # held for a reader that is slow; later lines are dropped, not waited for
@@ -41,7 +42,7 @@ def configure_logging(
             must keep draining its children; a child's reader is the launcher.
     """
     kind = _BackgroundHandler if background else _PatientHandler
-    handler = kind(_unbuffered(stream or sys.stdout))
+    handler = kind(_unbuffered(stream or sys.stdout or _nowhere()))
     handler.setFormatter(JsonFormatter() if json_output else TextFormatter())
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -101,6 +102,11 @@ def _trace(record: logging.LogRecord) -> str:
 def _timestamp(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def _nowhere() -> TextIO:
+    """For a process that was started without a stdout."""
+    return Path(os.devnull).open("w")
 
 
 def _unbuffered(stream: TextIO) -> TextIO:

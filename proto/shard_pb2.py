@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tessera/proto/shard.proto\x12\ntessera.v1\"\r\n\x0bInfoRequest\"\x99\x01\n\tInfoReply\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\"\x85\x01\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x16\n\x0emax_step_tiles\x18\x03 \x01(\r\x12\x17\n\x0fmax_context_len\x18\x04 \x01(\r\x12\x12\n\nmax_blocks\x18\x05 \x01(\x04\"f\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x15\n\rweights_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fpeak_step_bytes\x18\x04 \x01(\x04\"\xbd\x01\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x1d\n\x15released_sequence_ids\x18\x02 \x03(\x04\x12\x17\n\x0freleased_images\x18\x03 \x03(\x0c\x12!\n\x06images\x18\x04 \x03(\x0b\x32\x11.tessera.v1.Image\x12!\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x11.tessera.v1.Chunk\x12&\n\x07\x64\x65\x63odes\x18\x06 \x03(\x0b\x32\x15.tessera.v1.DecodeRow\"^\n\x05Image\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\tnum_tiles\x18\x04 \x01(\r\x12\r\n\x05tiles\x18\x05 \x01(\x0c\"X\n\tImageSpan\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x15\n\rfirst_feature\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\"\xf9\x01\n\x05\x43hunk\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\x12%\n\x06images\x18\x05 \x03(\x0b\x32\x15.tessera.v1.ImageSpan\x12\x0f\n\x07is_last\x18\x06 \x01(\x08\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.tessera.v1.SamplingParams\x12\x19\n\x11num_prompt_tokens\x18\x08 \x01(\r\x12\x18\n\x10\x63\x61\x63hed_token_ids\x18\t \x03(\r\"p\n\tDecodeRow\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\x08token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x63ontext_len\x18\x03 \x01(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\rB\x0b\n\t_token_id\"\xdc\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\ttypical_p\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x14\n\x0ctop_n_tokens\x18\n \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x0b \x01(\x08\x12)\n\nlogit_bias\x18\x0c \x03(\x0b\x32\x15.tessera.v1.LogitBiasB\x08\n\x06_top_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penalty\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xe4\x01\n\tStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.tessera.v1.SampledToken\x12\x33\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1a.tessera.v1.PromptLogprobs\x12-\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x1b.tessera.v1.SequenceFailure\x12\x11\n\tvision_ns\x18\x05 \x01(\x04\x12\x12\n\nforward_ns\x18\x06 \x01(\x04\x12\x11\n\tsample_ns\x18\x07 \x01(\x04\"t\n\x0cSampledToken\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12,\n\ntop_tokens\x18\x04 \x03(\x0b\x32\x18.tessera.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"O\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"7\n\x0fSequenceFailure\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t2\xb3\x01\n\x05Shard\x12\x36\n\x04Info\x12\x17.tessera.v1.InfoRequest\x1a\x15.tessera.v1.InfoReply\x12<\n\x06Warmup\x12\x19.tessera.v1.WarmupRequest\x1a\x17.tessera.v1.WarmupReply\x12\x34\n\x05Steps\x12\x10.tessera.v1.Step\x1a\x15.tessera.v1.StepReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tessera/proto/shard.proto\x12\ntessera.v1\"\r\n\x0bInfoRequest\"\x99\x01\n\tInfoReply\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\"\xa1\x01\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x16\n\x0emax_step_tiles\x18\x03 \x01(\r\x12\x17\n\x0fmax_context_len\x18\x04 \x01(\r\x12\x12\n\nmax_blocks\x18\x05 \x01(\x04\x12\x1a\n\x12max_feature_tokens\x18\x06 \x01(\x04\"f\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x15\n\rweights_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fpeak_step_bytes\x18\x04 \x01(\x04\"\xbd\x01\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x1d\n\x15released_sequence_ids\x18\x02 \x03(\x04\x12\x17\n\x0freleased_images\x18\x03 \x03(\x0c\x12!\n\x06images\x18\x04 \x03(\x0b\x32\x11.tessera.v1.Image\x12!\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x11.tessera.v1.Chunk\x12&\n\x07\x64\x65\x63odes\x18\x06 \x03(\x0b\x32\x15.tessera.v1.DecodeRow\"\x87\x01\n\x05Image\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x11\n\tnum_tiles\x18\x04 \x01(\r\x12\r\n\x05tiles\x18\x05 \x01(\x0c\x12\x11\n\tgrid_rows\x18\x06 \x01(\r\x12\x14\n\x0cgrid_columns\x18\x07 \x01(\r\"X\n\tImageSpan\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x15\n\rfirst_feature\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\"\xf9\x01\n\x05\x43hunk\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\x12%\n\x06images\x18\x05 \x03(\x0b\x32\x15.tessera.v1.ImageSpan\x12\x0f\n\x07is_last\x18\x06 \x01(\x08\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.tessera.v1.SamplingParams\x12\x19\n\x11num_prompt_tokens\x18\x08 \x01(\r\x12\x18\n\x10\x63\x61\x63hed_token_ids\x18\t \x03(\r\"p\n\tDecodeRow\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\x08token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0b\x63ontext_len\x18\x03 \x01(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\rB\x0b\n\t_token_id\"\xdc\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\ttypical_p\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x14\n\x0ctop_n_tokens\x18\n \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x0b \x01(\x08\x12)\n\nlogit_bias\x18\x0c \x03(\x0b\x32\x15.tessera.v1.LogitBiasB\x08\n\x06_top_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penalty\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xe4\x01\n\tStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.tessera.v1.SampledToken\x12\x33\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1a.tessera.v1.PromptLogprobs\x12-\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x1b.tessera.v1.SequenceFailure\x12\x11\n\tvision_ns\x18\x05 \x01(\x04\x12\x12\n\nforward_ns\x18\x06 \x01(\x04\x12\x11\n\tsample_ns\x18\x07 \x01(\x04\"t\n\x0cSampledToken\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12,\n\ntop_tokens\x18\x04 \x03(\x0b\x32\x18.tessera.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"O\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"7\n\x0fSequenceFailure\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t2\xb3\x01\n\x05Shard\x12\x36\n\x04Info\x12\x17.tessera.v1.InfoRequest\x1a\x15.tessera.v1.InfoReply\x12<\n\x06Warmup\x12\x19.tessera.v1.WarmupRequest\x1a\x17.tessera.v1.WarmupReply\x12\x34\n\x05Steps\x12\x10.tessera.v1.Step\x1a\x15.tessera.v1.StepReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREPLY']._serialized_start=57
   _globals['_INFOREPLY']._serialized_end=210
   _globals['_WARMUPREQUEST']._serialized_start=213
-  _globals['_WARMUPREQUEST']._serialized_end=346
-  _globals['_WARMUPREPLY']._serialized_start=348
-  _globals['_WARMUPREPLY']._serialized_end=450
-  _globals['_STEP']._serialized_start=453
-  _globals['_STEP']._serialized_end=642
-  _globals['_IMAGE']._serialized_start=644
-  _globals['_IMAGE']._serialized_end=738
-  _globals['_IMAGESPAN']._serialized_start=740
-  _globals['_IMAGESPAN']._serialized_end=828
-  _globals['_CHUNK']._serialized_start=831
-  _globals['_CHUNK']._serialized_end=1080
-  _globals['_DECODEROW']._serialized_start=1082
-  _globals['_DECODEROW']._serialized_end=1194
-  _globals['_SAMPLINGPARAMS']._serialized_start=1197
-  _globals['_SAMPLINGPARAMS']._serialized_end=1545
-  _globals['_LOGITBIAS']._serialized_start=1547
-  _globals['_LOGITBIAS']._serialized_end=1590
-  _globals['_STEPREPLY']._serialized_start=1593
-  _globals['_STEPREPLY']._serialized_end=1821
-  _globals['_SAMPLEDTOKEN']._serialized_start=1823
-  _globals['_SAMPLEDTOKEN']._serialized_end=1939
-  _globals['_TOKENLOGPROB']._serialized_start=1941
-  _globals['_TOKENLOGPROB']._serialized_end=1990
-  _globals['_PROMPTLOGPROBS']._serialized_start=1992
-  _globals['_PROMPTLOGPROBS']._serialized_end=2071
-  _globals['_SEQUENCEFAILURE']._serialized_start=2073
-  _globals['_SEQUENCEFAILURE']._serialized_end=2128
-  _globals['_SHARD']._serialized_start=2131
-  _globals['_SHARD']._serialized_end=2310
+  _globals['_WARMUPREQUEST']._serialized_end=374
+  _globals['_WARMUPREPLY']._serialized_start=376
+  _globals['_WARMUPREPLY']._serialized_end=478
+  _globals['_STEP']._serialized_start=481
+  _globals['_STEP']._serialized_end=670
+  _globals['_IMAGE']._serialized_start=673
+  _globals['_IMAGE']._serialized_end=808
+  _globals['_IMAGESPAN']._serialized_start=810
+  _globals['_IMAGESPAN']._serialized_end=898
+  _globals['_CHUNK']._serialized_start=901
+  _globals['_CHUNK']._serialized_end=1150
+  _globals['_DECODEROW']._serialized_start=1152
+  _globals['_DECODEROW']._serialized_end=1264
+  _globals['_SAMPLINGPARAMS']._serialized_start=1267
+  _globals['_SAMPLINGPARAMS']._serialized_end=1615
+  _globals['_LOGITBIAS']._serialized_start=1617
+  _globals['_LOGITBIAS']._serialized_end=1660
+  _globals['_STEPREPLY']._serialized_start=1663
+  _globals['_STEPREPLY']._serialized_end=1891
+  _globals['_SAMPLEDTOKEN']._serialized_start=1893
+  _globals['_SAMPLEDTOKEN']._serialized_end=2009
+  _globals['_TOKENLOGPROB']._serialized_start=2011
+  _globals['_TOKENLOGPROB']._serialized_end=2060
+  _globals['_PROMPTLOGPROBS']._serialized_start=2062
+  _globals['_PROMPTLOGPROBS']._serialized_end=2141
+  _globals['_SEQUENCEFAILURE']._serialized_start=2143
+  _globals['_SEQUENCEFAILURE']._serialized_end=2198
+  _globals['_SHARD']._serialized_start=2201
+  _globals['_SHARD']._serialized_end=2380
 # @@protoc_insertion_point(module_scope)

@@ -88,6 +88,7 @@ class WarmupRequest(_message.Message):
     MAX_STEP_TILES_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_LEN_FIELD_NUMBER: _builtins.int
     MAX_BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_FEATURE_TOKENS_FIELD_NUMBER: _builtins.int
     max_step_tokens: _builtins.int
     """most tokens (prompt chunks and decodes) in one step"""
     max_batch_size: _builtins.int
@@ -98,6 +99,8 @@ class WarmupRequest(_message.Message):
     """longest sequence, in tokens"""
     max_blocks: _builtins.int
     """allocate at most this many blocks; 0: as many as fit"""
+    max_feature_tokens: _builtins.int
+    """image features kept at once, in tokens"""
     def __init__(
         self,
         *,
@@ -106,10 +109,11 @@ class WarmupRequest(_message.Message):
         max_step_tiles: _builtins.int = ...,
         max_context_len: _builtins.int = ...,
         max_blocks: _builtins.int = ...,
+        max_feature_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_blocks", b"max_blocks", "max_context_len", b"max_context_len", "max_step_tiles", b"max_step_tiles", "max_step_tokens", b"max_step_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_blocks", b"max_blocks", "max_context_len", b"max_context_len", "max_feature_tokens", b"max_feature_tokens", "max_step_tiles", b"max_step_tiles", "max_step_tokens", b"max_step_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,8 +207,10 @@ class Image(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     NUM_TILES_FIELD_NUMBER: _builtins.int
     TILES_FIELD_NUMBER: _builtins.int
+    GRID_ROWS_FIELD_NUMBER: _builtins.int
+    GRID_COLUMNS_FIELD_NUMBER: _builtins.int
     content_hash: _builtins.bytes
-    """16 bytes; identifies tiles and size"""
+    """16 bytes; identifies tiles, their grid and the size"""
     height: _builtins.int
     """of the original picture, pixels"""
     width: _builtins.int
@@ -212,6 +218,10 @@ class Image(_message.Message):
     """the overview tile first, then the grid row by row"""
     tiles: _builtins.bytes
     """uint8 RGB, shape [num_tiles, side, side, 3]"""
+    grid_rows: _builtins.int
+    """tiles down and across that follow the overview; together"""
+    grid_columns: _builtins.int
+    """they name the canvas; 0 and 0: the first tile stands alone"""
     def __init__(
         self,
         *,
@@ -220,10 +230,12 @@ class Image(_message.Message):
         width: _builtins.int = ...,
         num_tiles: _builtins.int = ...,
         tiles: _builtins.bytes = ...,
+        grid_rows: _builtins.int = ...,
+        grid_columns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "height", b"height", "num_tiles", b"num_tiles", "tiles", b"tiles", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "height", b"height", "num_tiles", b"num_tiles", "tiles", b"tiles", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

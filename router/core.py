@@ -286,9 +286,7 @@ class Core:
             first_token=(flight.first_token_at or now) - flight.submitted_at,
         )
         seed = request.sampling.seed if request.sampling.temperature > 0 else None
-        return Completion(
-            reason, flight.output.text, flight.sequence.num_generated, seed, timings
-        )
+        return Completion(reason, flight.output.text, flight.sequence.num_generated, seed, timings)
 
     def _publish_prompt_logprobs(self, flight: _InFlight) -> None:
         request = flight.sequence.request

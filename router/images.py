@@ -30,6 +30,18 @@ A resize needs 32 bytes of filter coefficients per pixel of the longer side, so 
 could ask for gigabytes while staying below any limit on its area.
 """
 
+_PILLOW_PIXELS = 178_956_970
+"""Pixels beyond which Pillow refuses by itself, whatever limit it is given here."""
+
+_MAX_READS = 300_000
+"""Reads of one file. Pillow walks a file's segments in Python; 20 MB of empty ones take 15 s.
+
+A file of 20 MB made in good faith needs some 10,000 (PNG) or 160,000 (GIF).
+"""
+
+_MAX_PASS_PIXELS = 5_000_000_000
+"""Pixels x passes of a JPEG. Ten passes are usual; each costs time for all pixels and 30 bytes."""
+
 _CROP_PIXELS = 16_000_000
 """Pixels of a resized picture up to which it is computed whole before its centre is cut out."""
 
@@ -56,31 +68,36 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITESPACE = b" \t\r\n\f\v"
 
 
-def prepare_image(data: bytes, layout: ImageLayout, max_pixels: int) -> PreparedImage:
+def prepare_image(
+    data: bytes, layout: ImageLayout, max_pixels: int, max_tokens: int | None = None
+) -> PreparedImage:
     """Decode a picture, turn it upright, make it opaque RGB, resize it and cut it into tiles.
 
     Args:
         data: a PNG, JPEG, WebP or GIF file; of an animation the first frame counts.
         layout: how the model wants pictures cut.
-        max_pixels: largest width x height; compared with the header, before anything is decoded.
+        max_pixels: largest width x height, compared with the header before anything is decoded;
+            above 178,956,970 Pillow's own limit counts.
+        max_tokens: see `ImageLayout.plan`; it may have to be exceeded.
 
     Returns:
         Tiles as uint8 RGB [num_tiles, side, side, 3], the overview first, then row by row. The
-        hash covers the picture's size too: equal tiles of different sizes mean different tokens.
+        hash covers the picture's size and the grid too: equal tiles may mean different features.
 
     Raises:
         ValidationError: not one of these formats, damaged, too large, or not 8 or 16 bit integers.
     """
     picture = _upright(as_rgb(_load(_open(data, max_pixels))))
-    plan = layout.plan(picture.height, picture.width)
+    plan = layout.plan(picture.height, picture.width, max_tokens)
     tiles = b"".join(tile.tobytes() for tile in _cut(picture, layout, plan))
     return PreparedImage(
-        content_hash=_content_hash(picture, tiles),
+        content_hash=_content_hash(picture, plan.grid, tiles),
         height=picture.height,
         width=picture.width,
         num_tiles=plan.num_tiles,
         tiles=tiles,
         num_tokens=plan.num_tokens,
+        grid=plan.grid,
     )
 
 
@@ -131,9 +148,12 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(_BoundedFile(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValidationError(f"the picture has more than {max_pixels} pixels") from None
+        limit = min(max_pixels, _PILLOW_PIXELS)
+        raise ValidationError(f"the picture has more than {limit} pixels") from None
+    except ValidationError:
+        raise
     except UnidentifiedImageError:
         raise ValidationError("the picture is not a PNG, JPEG, WebP or GIF file") from None
     except Exception:  # decoders meet hostile files: whatever they raise, the file is at fault
@@ -148,14 +168,30 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise ValidationError(
             f"the picture is {width} x {height} pixels; no side may be longer than {MAX_SIDE}"
         )
-    if min(width, height) < 1:
-        raise _damaged()
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") * width * height > _MAX_PASS_PIXELS:
+        raise ValidationError("the picture is a JPEG of too many passes; save it anew")
     return picture
+
+
+class _BoundedFile(io.BytesIO):
+    """A file in memory that can be read `_MAX_READS` times."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > _MAX_READS:
+            raise ValidationError("the picture's file has too many segments; save it anew")
+        return super().read(size)
 
 
 def _load(picture: Image.Image) -> Image.Image:
     try:
         picture.load()
+    except ValidationError:
+        raise
     except Exception:  # as in _open
         raise _damaged() from None
     return picture
@@ -196,6 +232,8 @@ def _cut(picture: Image.Image, layout: ImageLayout, plan: ImagePlan) -> list[Ima
         return [_centre(picture, plan)]
     side = layout.tile
     overview = picture.resize((side, side), Image.Resampling.BICUBIC)
+    if plan.grid == (0, 0):
+        return [overview]
     canvas = Image.new("RGB", (plan.canvas[1], plan.canvas[0]))
     fitted = picture.resize((plan.resized[1], plan.resized[0]), Image.Resampling.BICUBIC)
     canvas.paste(fitted, (plan.offset[1], plan.offset[0]))
@@ -239,9 +277,10 @@ def _centre_of_ribbon(picture: Image.Image, plan: ImagePlan) -> Image.Image:
     return part.resize((side, side), Image.Resampling.BICUBIC, box=local)
 
 
-def _content_hash(picture: Image.Image, tiles: bytes) -> bytes:
+def _content_hash(picture: Image.Image, grid: tuple[int, int], tiles: bytes) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(picture.height.to_bytes(4, "little") + picture.width.to_bytes(4, "little"))
+    for number in (picture.height, picture.width, *grid):
+        digest.update(number.to_bytes(4, "little"))
     digest.update(tiles)
     return digest.digest()
 

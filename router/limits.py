@@ -44,7 +44,19 @@ def warmup_request(
         # Without MAX_TOTAL_TOKENS a shorter window than the model's is fine.
         max_context_len=settings.max_total_tokens or min(max_total, 2 * info.block_size),
         max_blocks=max_blocks,
+        max_feature_tokens=_feature_tokens(settings, files),
     )
+
+
+def _feature_tokens(settings: RouterSettings, files: ModelFiles) -> int:
+    """Image features the scheduler may have on the shards at once, in tokens.
+
+    Beyond its bound there may be one picture of the sequence next in line, and one of each running
+    prompt that goes on to its next picture; two stand for those here.
+    """
+    if files.layout is None:
+        return 0
+    return settings.vision_cache_tokens + 2 * files.layout.max_tokens
 
 
 def serving_limits(

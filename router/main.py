@@ -46,9 +46,7 @@ def main() -> None:
     environ = process_environment()
     flags = parse_flags("tessera-router", __doc__ or "", [RouterSettings], sys.argv[1:])
     try:
-        settings = read_settings(
-            RouterSettings, merged_environment(environ, flags, RouterSettings)
-        )
+        settings = read_settings(RouterSettings, merged_environment(environ, flags, RouterSettings))
         configure_logging(settings.log_level, settings.json_output)
         status = asyncio.run(_serve(settings))
     except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:
@@ -68,7 +66,7 @@ async def _serve(settings: RouterSettings) -> int:
     template = ChatTemplate.from_folder(files.folder, config_path)
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
-    core = Core(shards, tokenizer, files.eos_ids, metrics, settings.lookahead)
+    core = Core(shards, tokenizer, tokenizer.eos_ids, metrics, settings.lookahead)
     validator = Validator(settings, core, tokenizer, files, template)
     app = create_app(settings, core, validator, files, metrics)
     server = _Server(_server_config(app, settings))

@@ -22,7 +22,9 @@ class Output:
 
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         stopping = request.stopping
-        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_ids)
+        # A stop sequence must be seen as soon as it is complete, even inside a run of byte tokens.
+        eager = bool(stopping.stop_sequences)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_ids, eager=eager)
         self._stop = StopMatcher(stopping.stop_sequences, stopping.include_stop_text)
         self._pieces: list[str] = []
 

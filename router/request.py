@@ -36,12 +36,13 @@ class StoppingParams:
 class PreparedImage:
     """A picture decoded, resized and cut into tiles, ready for the shards."""
 
-    content_hash: bytes  # 16 bytes over tiles and original size
+    content_hash: bytes  # 16 bytes over tiles, grid and original size
     height: int  # of the original, pixels, after EXIF orientation
     width: int
     num_tiles: int
     tiles: bytes = field(repr=False)  # uint8 RGB [num_tiles, side, side, 3], the overview first
     num_tokens: int  # prompt tokens it becomes
+    grid: tuple[int, int] = (0, 0)  # tiles down and across that follow the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Request:
     fairness_key: str = ""  # requests of one key wait for each other, not for other keys'
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     use_prefix_cache: bool = True
+    warnings: tuple[str, ...] = ()  # sentences for the reply: what was done differently than asked
     validation_s: float = 0.0  # time from arrival until this value existed
 
     @property

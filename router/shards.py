@@ -150,6 +150,8 @@ def step_message(plan: StepPlan, step_id: int) -> shard_pb2.Step:
                 width=image.width,
                 num_tiles=image.num_tiles,
                 tiles=image.tiles,
+                grid_rows=image.grid[0],
+                grid_columns=image.grid[1],
             )
             for image in plan.images
         ],

@@ -44,11 +44,12 @@ class Template:
         Raises:
             TemplateError: a syntax error; the message names the line.
         """
+        environment = _make_environment()
         try:
-            tree = _environment.parse(source)
+            tree = environment.parse(source)
             _Bounded().visit(tree)
-            tree.set_environment(_environment)
-            code = _environment.compile(tree)
+            tree.set_environment(environment)
+            code = environment.compile(tree)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template's line {error.lineno} cannot be read: {error.message}"
@@ -56,7 +57,7 @@ class Template:
         except RecursionError:
             raise TemplateError("the chat template is nested too deeply") from None
         self._template = jinja2.Template.from_code(
-            _environment, code, _environment.make_globals(None)
+            environment, code, environment.make_globals(None)
         )
 
     def render(self, **context: object) -> str:
@@ -241,6 +242,3 @@ def _make_environment() -> _Environment:
     }
     del environment.globals["lipsum"]
     return environment
-
-
-_environment = _make_environment()

@@ -1,6 +1,7 @@
 """From a step's message to the tensors of one forward pass."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Batch:
     ids_T: Tensor
     layout: StepLayout
     splices: list[Splice]
+    sequences: list[SequenceState]  # one per row of the layout
     sampled: list[SequenceState]  # one per row of `sample_rows`
     sample_rows: list[int]  # rows of T whose next token is sampled
     prompt_spans: list[PromptSpan]
@@ -88,6 +90,7 @@ class BatchBuilder:
             ids_T=torch.tensor(rows.ids, dtype=torch.int64, device=self._device),
             layout=self._layout(rows),
             splices=rows.splices,
+            sequences=rows.sequences,
             sampled=rows.sampled,
             sample_rows=rows.sample_rows,
             prompt_spans=rows.prompt_spans,
@@ -185,6 +188,32 @@ class BatchBuilder:
 
     def _tensor(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def slice_layout(layout: StepLayout, first: int, last: int) -> StepLayout:
+    """The part of a step that computes the packed rows [first, last), as a step of its own.
+
+    A sequence that is cut sees in the earlier part what lies before the cut.
+    """
+    if (first, last) == (0, layout.query_start[-1]):
+        return layout
+    rows, query_start, context_lens = [], [0], []
+    for row, (start, end) in enumerate(pairwise(layout.query_start)):
+        inside = min(end, last) - max(start, first)
+        if inside > 0:
+            rows.append(row)
+            query_start.append(query_start[-1] + inside)
+            context_lens.append(layout.context_lens[row] - max(0, end - last))
+    device = layout.block_tables_SM.device
+    return StepLayout(
+        positions_T=layout.positions_T[first:last],
+        slots_T=layout.slots_T[first:last],
+        query_start_S1=torch.tensor(query_start, dtype=torch.int32, device=device),
+        context_lens_S=torch.tensor(context_lens, dtype=torch.int32, device=device),
+        block_tables_SM=layout.block_tables_SM[rows],
+        query_start=tuple(query_start),
+        context_lens=tuple(context_lens),
+    )
 
 
 class _Rows:

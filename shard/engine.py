@@ -3,15 +3,17 @@
 import logging
 import time
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
-from tessera.shard.batch import Batch, BatchBuilder, PromptSpan, Splice
+from tessera.shard.batch import Batch, BatchBuilder, PromptSpan, slice_layout
 from tessera.shard.errors import DeviceError
 from tessera.shard.models.base import ImageTiles, Model, Placement
+from tessera.shard.resilience import in_halves, one_by_one
 from tessera.shard.sampler import Sampled, SampleRow, sample
 from tessera.shard.sequence import SequenceState
 from tessera.shard.vision_cache import VisionCache
@@ -60,6 +62,10 @@ class Engine:
                 "lower MAX_BATCH_TOTAL_TOKENS"
             ) from error
 
+    def trial_caches(self, num_layers: int) -> list[LayerCache]:
+        """The caches of the first layers, for the warm-up."""
+        return self._caches[:num_layers]
+
     def reset(self) -> None:
         """Forget every sequence and image, as when a router connects anew."""
         self._builder.clear()
@@ -89,9 +95,8 @@ class Engine:
         return reply
 
     def _forward(self, batch: Batch, reply: shard_pb2.StepReply, started: int) -> None:
-        x_TD = self.model.embed(batch.ids_T)
-        failures = self._splice(x_TD, batch.splices)
-        hidden_TD = self.model.forward(x_TD, self._caches, batch.layout)
+        failures: dict[int, str] = {}
+        hidden_TD = self._hidden_states(batch, failures)
         for span in batch.prompt_spans:
             self._score_prompt(hidden_TD, batch.ids_T, span, reply)
         logits_RV = None
@@ -107,27 +112,74 @@ class Engine:
         for sequence_id, message in failures.items():
             reply.failures.add(sequence_id=sequence_id, message=message)
 
+    def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
+        """The model's output [T, D]; rows of sequences that failed are zero."""
+
+        def compute(first: int, last: int) -> Tensor:
+            x_TD = self._embed(batch, first, last, failures)
+            return self.model.forward(x_TD, self._caches, slice_layout(batch.layout, first, last))
+
+        if self.placement.group.world_size > 1:
+            return compute(0, batch.num_tokens)
+        try:
+            return _joined(in_halves(compute, 0, batch.num_tokens))
+        except Exception:
+            logger.exception("a step failed; computing its sequences one by one")
+        spans = list(pairwise(batch.layout.query_start))
+        parts = one_by_one(lambda span: _joined(in_halves(compute, *span)), spans)
+        backend, dtype = self.placement.backend, self.placement.dtype
+        hidden_TD = torch.zeros(
+            batch.num_tokens, self.model.width, dtype=dtype, device=backend.device
+        )
+        for sequence, (first, last), part in zip(batch.sequences, spans, parts, strict=True):
+            if isinstance(part, str):
+                failures[sequence.sequence_id] = part
+            else:
+                hidden_TD[first:last] = part
+        return hidden_TD
+
+    def _embed(self, batch: Batch, first: int, last: int, failures: dict[int, str]) -> Tensor:
+        """Embeddings of the rows [first, last), image features in their places."""
+        x_TD = self.model.embed(batch.ids_T[first:last])
+        for splice in batch.splices:
+            start = max(splice.first_row, first)
+            end = min(splice.first_row + splice.length, last)
+            if start >= end:
+                continue
+            first_feature = splice.first_feature + start - splice.first_row
+            last_feature = first_feature + end - start
+            features_TD = self._vision.get(splice.content_hash)
+            if features_TD is None or last_feature > features_TD.shape[0]:
+                have = 0 if features_TD is None else features_TD.shape[0]
+                failures[splice.sequence_id] = (
+                    f"a picture needs {last_feature} features, the shard has {have} of them"
+                )
+            else:
+                features_TD = features_TD[first_feature:last_feature]
+                x_TD[start - first : end - first] = features_TD.to(x_TD.dtype)
+        return x_TD
+
     def _encode_images(self, images: Sequence[shard_pb2.Image]) -> None:
+        """Encode together what is new; a picture that fails is absent, which fails its users."""
         new = [image for image in images if image.content_hash not in self._vision]
         if not new:
             return
-        features = self.model.encode_images([_tiles(image) for image in new])
-        for image, features_TD in zip(new, features, strict=True):
-            self._vision.put(image.content_hash, features_TD)
 
-    def _splice(self, x_TD: Tensor, splices: Sequence[Splice]) -> dict[int, str]:
-        """Put image features over placeholder embeddings; returns failures by sequence."""
-        failures: dict[int, str] = {}
-        for splice in splices:
-            features_TD = self._vision.get(splice.content_hash)
-            last = splice.first_feature + splice.length
-            if features_TD is None or last > features_TD.shape[0]:
-                have = 0 if features_TD is None else features_TD.shape[0]
-                failures[splice.sequence_id] = f"image needs {last} features, the shard has {have}"
-                continue
-            rows = slice(splice.first_row, splice.first_row + splice.length)
-            x_TD[rows] = features_TD[splice.first_feature : last].to(x_TD.dtype)
-        return failures
+        def encode(first: int, last: int) -> list[Tensor]:
+            return self.model.encode_images([_tiles(image) for image in new[first:last]])
+
+        features: Sequence[Tensor | str]
+        if self.placement.group.world_size > 1:
+            features = encode(0, len(new))
+        else:
+            try:
+                features = list(chain.from_iterable(in_halves(encode, 0, len(new))))
+            except Exception:
+                logger.exception("encoding pictures failed; trying them one by one")
+                features = one_by_one(lambda n: encode(n, n + 1)[0], range(len(new)))
+        for image, features_TD in zip(new, features, strict=True):
+            if isinstance(features_TD, Tensor):
+                self._vision.put(image.content_hash, features_TD)
 
     def _sample(
         self,
@@ -176,10 +228,15 @@ class Engine:
             )
 
 
+def _joined(parts_TD: list[Tensor]) -> Tensor:
+    return parts_TD[0] if len(parts_TD) == 1 else torch.cat(parts_TD)
+
+
 def _tiles(image: shard_pb2.Image) -> ImageTiles:
     side = int((len(image.tiles) // (3 * image.num_tiles)) ** 0.5)
     flat = torch.frombuffer(bytearray(image.tiles), dtype=torch.uint8)
-    return ImageTiles(flat.view(image.num_tiles, side, side, 3), image.height, image.width)
+    tiles = flat.view(image.num_tiles, side, side, 3)
+    return ImageTiles(tiles, image.height, image.width, (image.grid_rows, image.grid_columns))
 
 
 def _fail_non_finite(

@@ -1,9 +1,9 @@
 """Every failure a shard reports.
 
-    ShardError
-      CheckpointError    the files and the model disagree; the process does not start
-      DeviceError        the device is absent, too small or cannot do what was asked
-      DivergenceError    router and shard, or two ranks, disagree about what is running
+ShardError
+  CheckpointError    the files and the model disagree; the process does not start
+  DeviceError        the device is absent, too small or cannot do what was asked
+  DivergenceError    router and shard, or two ranks, disagree about what is running
 """
 
 

@@ -1,7 +1,6 @@
 """Entry point of a shard process: load one rank of the model, then serve steps until told to stop."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -32,6 +31,7 @@ from tessera.shard.engine import Engine
 from tessera.shard.errors import ShardError
 from tessera.shard.models import load_model, resolve_dtype
 from tessera.shard.models.base import Placement
+from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
 from tessera.shard.service import ShardService
 from tessera.shard.settings import ShardSettings
@@ -50,9 +50,7 @@ def main() -> None:
     environ = process_environment()
     flags = parse_flags("tessera-shard", __doc__ or "", [ShardSettings], sys.argv[1:])
     try:
-        settings = read_settings(
-            ShardSettings, merged_environment(environ, flags, ShardSettings)
-        )
+        settings = read_settings(ShardSettings, merged_environment(environ, flags, ShardSettings))
         configure_logging(settings.log_level, settings.json_output)
         asyncio.run(_serve(settings))
     except (ShardError, SettingsError) as error:
@@ -89,14 +87,12 @@ def _set_both(first: asyncio.Event, second: asyncio.Event) -> None:
 
 def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLayout | None]:
     folder = Path(settings.model_id)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     backend = load_backend(settings.device, settings.backend)
     dtype = resolve_dtype(settings.dtype, config, backend.device.type)
-    group = Group.connect(
-        settings.rank, settings.world_size, backend.device, _rendezvous(settings)
-    )
+    group = Group.connect(settings.rank, settings.world_size, backend.device, _rendezvous(settings))
     placement = Placement(backend, group, dtype)
     model = load_model(folder, placement)
     engine = Engine(model, placement, settings.block_size)

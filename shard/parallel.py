@@ -21,9 +21,7 @@ class Group:
         self.world_size = world_size
 
     @classmethod
-    def connect(
-        cls, rank: int, world_size: int, device: torch.device, init_method: str
-    ) -> "Group":
+    def connect(cls, rank: int, world_size: int, device: torch.device, init_method: str) -> "Group":
         """Join the group; blocks until all ranks have.
 
         Args:

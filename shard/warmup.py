@@ -1,29 +1,52 @@
 """Sizes the KV cache: what the worst step needs beyond the weights, and what is left for blocks."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from tessera.proto import shard_pb2
 from tessera.proto.image_layout import AnyResLayout, ImageLayout
+from tessera.shard.backends.base import LayerCache
+from tessera.shard.batch import Batch, BatchBuilder
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError
 from tessera.shard.models.base import ImageTiles
+from tessera.shard.sampler import SampleRow, sample
 
 logger = logging.getLogger(__name__)
 
-CPU_TRIAL_TOKENS = 64
-"""A processor has no separate memory to measure: a short trial step warms its kernels up, and the
-worst step's memory is estimated instead. (A full one would take minutes for a large model.)"""
-
 WORKSPACE_SHARE = 0.05
-"""Part of the free memory left alone for what no trial step shows: fragmentation, libraries."""
+"""Part of the free memory left alone for what no trial shows: fragmentation, libraries."""
+
+HOST_TRIAL_LAYERS = 1
+"""A layer's intermediates are gone before the next one, so one layer takes what all do; on a processor
+the others would only take time."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """What the largest step takes beyond weights and cache, bytes."""
+
+    vision: int  # encoding the most tiles
+    forward: int  # the most tokens through the decoder
+    sampling: int  # the most sequences through the head and the sampler
+    features: int  # pictures' features that are kept
+
+    @property
+    def total(self) -> int:
+        """The three stages follow each other; the features stay."""
+        return max(self.vision, self.forward, self.sampling) + self.features
 
 
 def warm_up(
-    engine: Engine, request: shard_pb2.WarmupRequest, memory_fraction: float, layout: ImageLayout | None
+    engine: Engine,
+    request: shard_pb2.WarmupRequest,
+    memory_fraction: float,
+    layout: ImageLayout | None,
 ) -> shard_pb2.WarmupReply:
-    """Run a trial step, then allocate as many blocks as fit, at most `request.max_blocks`.
+    """Try the worst step, then allocate as many blocks as fit, at most `request.max_blocks`.
 
     Args:
         memory_fraction: share of the device's memory the server may use, in (0, 1].
@@ -31,71 +54,141 @@ def warm_up(
 
     Raises:
         DeviceError: not even one sequence of `max_context_len` tokens fits. The message names the
-            settings to lower.
+            settings to lower, a value that fits and what takes the memory.
     """
     backend, group = engine.placement.backend, engine.placement.group
-    on_host = backend.device.type == "cpu"
-    free_before = backend.free_memory_bytes()
-    measured = _run_trial(engine, request, layout, on_host)
-    peak = max(measured, _estimate(engine, request)) if on_host else measured
+    weights = backend.used_memory_bytes()
     # Ranks on one host share its memory.
-    free = int(free_before * memory_fraction) // (group.world_size if on_host else 1)
-    spare = free - peak - int(free * WORKSPACE_SHARE)
-    block_bytes = engine.cache_shape.block_bytes
-    num_blocks = max(0, spare) // block_bytes
+    sharers = group.world_size if backend.device.type == "cpu" else 1
+    free = int(backend.free_memory_bytes() * memory_fraction) // sharers
+    step = _try_worst_step(engine, request, layout)
+    shape = engine.cache_shape
+    spare = free - step.total - int(free * WORKSPACE_SHARE)
+    num_blocks = max(0, spare) // shape.block_bytes
     if request.max_blocks:
         num_blocks = min(num_blocks, request.max_blocks)
-    needed = -(-request.max_context_len // engine.block_size)
-    if num_blocks < needed:
-        raise DeviceError(
-            f"one sequence of MAX_TOTAL_TOKENS={request.max_context_len} needs {needed} blocks of "
-            f"{block_bytes} bytes, but {free / 2**20:.0f} MiB are free and the largest step takes "
-            f"{peak / 2**20:.0f} MiB of them, which leaves {num_blocks} blocks. Set MAX_TOTAL_TOKENS "
-            f"to at most {num_blocks * engine.block_size}, or lower MAX_BATCH_PREFILL_TOKENS="
-            f"{request.max_step_tokens}, or use more shards (NUM_SHARD)."
-        )
+    if num_blocks < -(-request.max_context_len // engine.block_size):
+        raise DeviceError(_explain(engine, request, weights, free, step, num_blocks))
     engine.allocate_cache(num_blocks)
     return shard_pb2.WarmupReply(
-        num_blocks=num_blocks, block_bytes=block_bytes, peak_step_bytes=peak
+        num_blocks=num_blocks,
+        block_bytes=shape.block_bytes,
+        weights_bytes=weights,
+        peak_step_bytes=step.total,
     )
 
 
-def _run_trial(
-    engine: Engine, request: shard_pb2.WarmupRequest, layout: ImageLayout | None, on_host: bool
-) -> int:
-    """Compute a step on a throw-away cache; returns the memory it took, bytes."""
-    tokens = min(request.max_step_tokens, request.max_context_len)
-    tiles = request.max_step_tiles
-    if on_host:
-        tokens, tiles = min(tokens, CPU_TRIAL_TOKENS), min(tiles, 1)
-    num_blocks = -(-tokens // engine.block_size)
+def _explain(
+    engine: Engine,
+    request: shard_pb2.WarmupRequest,
+    weights: int,
+    free: int,
+    step: StepMemory,
+    num_blocks: int,
+) -> str:
+    def mib(count: int) -> str:
+        return f"{count / 2**20:.1f} MiB"
+
+    needed = -(-request.max_context_len // engine.block_size) * engine.cache_shape.block_bytes
+    ways_out = ["more shards (NUM_SHARD)"]
+    if num_blocks:
+        fitting = num_blocks * engine.block_size
+        ways_out.insert(0, f"MAX_TOTAL_TOKENS={fitting}")
+    # What is left for the step when the cache has what it needs, spent on tokens alone.
+    room = free - int(free * WORKSPACE_SHARE) - needed - step.features
+    tokens = room * request.max_step_tokens // max(1, step.forward)
+    if step.forward == max(step.vision, step.forward, step.sampling) and tokens > 0:
+        fitting = min(tokens, request.max_step_tokens - 1)
+        ways_out.insert(0, f"MAX_BATCH_PREFILL_TOKENS={fitting}")
+    return (
+        f"a sequence of {request.max_context_len} tokens needs {mib(needed)} of cache, and there is "
+        f"room for {num_blocks} blocks of {mib(engine.cache_shape.block_bytes)}. Memory: "
+        f"{mib(weights)} in use by the weights and this process, {mib(free)} free beside them, of "
+        f"which the largest step takes {mib(step.total)} ({request.max_step_tokens} prompt tokens "
+        f"{mib(step.forward)}, {request.max_step_tiles} image tiles {mib(step.vision)}, sampling for "
+        f"{request.max_batch_size} sequences {mib(step.sampling)}, image features "
+        f"{mib(step.features)}). Try {', or '.join(ways_out)}."
+    )
+
+
+def _try_worst_step(
+    engine: Engine, request: shard_pb2.WarmupRequest, layout: ImageLayout | None
+) -> StepMemory:
+    """Run the stages of the largest legal step one after the other and watch the memory."""
+    on_host = engine.placement.backend.device.type == "cpu"
+    vision = 0
+    if layout is not None and request.max_step_tiles:
+        # Tiles are independent rows, so one picture tells what many take; a GPU runs them all.
+        tried = 1 if on_host else request.max_step_tiles
+        images = _blank_images(layout, tried)
+        measured = _peak_of(engine, lambda: engine.model.encode_images(images))
+        vision = measured * request.max_step_tiles // sum(image.tiles.shape[0] for image in images)
+    num_blocks = -(-request.max_step_tokens // engine.block_size)
     engine.allocate_cache(num_blocks)
+    batch = _worst_batch(engine, request)
+    layers = HOST_TRIAL_LAYERS if on_host else engine.model.num_layers
+    caches = engine.trial_caches(layers)
+    forward = _peak_of(engine, lambda: _forward(engine, batch, caches))
+    sampling = _peak_of(engine, lambda: _sample(engine, request.max_batch_size))
+    width, dtype = engine.model.width, engine.placement.dtype
+    features = request.max_feature_tokens * width * dtype.itemsize
+    return StepMemory(vision, forward, sampling, features)
+
+
+def _peak_of(engine: Engine, work: Callable[[], object]) -> int:
+    """Most memory `work` holds at a time, bytes; its second run is measured.
+
+    The first one also allocates what stays: compiled primitives, workspaces, thread stacks.
+    """
     backend = engine.placement.backend
-    backend.synchronize()
-    backend.reset_peak_memory()
-    before = backend.peak_memory_bytes() or 0
-    if layout is not None:
-        with torch.inference_mode():
-            engine.model.encode_images(_blank_images(layout, tiles))
-    chunk = shard_pb2.Chunk(
-        sequence_id=0,
-        token_ids=[0] * tokens,
-        new_block_ids=range(1, num_blocks + 1),
-        is_last=True,
-        sampling=shard_pb2.SamplingParams(temperature=1.0, top_p=0.9, top_k=10),
-        num_prompt_tokens=tokens,
+    with torch.inference_mode():
+        work()
+        backend.synchronize()
+        backend.reset_peak_memory()
+        before = backend.used_memory_bytes()
+        work()
+        backend.synchronize()
+    return max(0, (backend.peak_memory_bytes() or before) - before)
+
+
+def _worst_batch(engine: Engine, request: shard_pb2.WarmupRequest) -> Batch:
+    """As many prompt tokens as a step may hold, in sequences as long as allowed."""
+    builder = BatchBuilder(engine.block_size, engine.placement.backend.device)
+    chunks, first_block, left = [], 1, request.max_step_tokens
+    while left > 0:
+        length = min(left, request.max_context_len)
+        num_blocks = -(-length // engine.block_size)
+        if first_block + num_blocks - 1 > -(-request.max_step_tokens // engine.block_size):
+            break  # a sequence's last block may be part empty; the trial cache has no more
+        chunks.append(
+            shard_pb2.Chunk(
+                sequence_id=len(chunks),
+                token_ids=[0] * length,
+                new_block_ids=range(first_block, first_block + num_blocks),
+                sampling=shard_pb2.SamplingParams(),
+            )
+        )
+        first_block, left = first_block + num_blocks, left - length
+    batch = builder.build(shard_pb2.Step(chunks=chunks))
+    assert batch is not None
+    return batch
+
+
+def _forward(engine: Engine, batch: Batch, caches: list[LayerCache]) -> None:
+    engine.model.forward(engine.model.embed(batch.ids_T), caches, batch.layout)
+
+
+def _sample(engine: Engine, num_rows: int) -> None:
+    placement = engine.placement
+    hidden_RD = torch.zeros(
+        num_rows, engine.model.width, dtype=placement.dtype, device=placement.backend.device
     )
-    engine.run(shard_pb2.Step(chunks=[chunk]))
-    engine.reset()
-    backend.synchronize()
-    return (backend.peak_memory_bytes() or before) - before
-
-
-def _estimate(engine: Engine, request: shard_pb2.WarmupRequest) -> int:
-    """Activations of the largest step: about eight float32 copies of its widest intermediates."""
-    width = max(engine.model.vocab_size // 8, 4 * engine.model.head_size)
-    logits = 4 * request.max_batch_size * engine.model.vocab_size * 4
-    return request.max_step_tokens * width * 4 * 8 + logits
+    logits_RV = engine.model.logits(hidden_RD)
+    if logits_RV is not None:
+        every_feature = shard_pb2.SamplingParams(
+            temperature=0.9, top_k=10, top_p=0.9, typical_p=0.9, repetition_penalty=1.2
+        )
+        sample(logits_RV, [SampleRow(every_feature, [0], 1)] * num_rows)
 
 
 def _blank_images(layout: ImageLayout, num_tiles: int) -> list[ImageTiles]:
@@ -103,6 +196,7 @@ def _blank_images(layout: ImageLayout, num_tiles: int) -> list[ImageTiles]:
     height, width = layout.tile, layout.tile
     if isinstance(layout, AnyResLayout):
         height, width = max(layout.pinpoints, key=lambda canvas: canvas[0] * canvas[1])
-    per_image = layout.plan(height, width).num_tiles
-    tiles = torch.zeros(per_image, layout.tile, layout.tile, 3, dtype=torch.uint8)
-    return [ImageTiles(tiles, height, width)] * max(1, num_tiles // per_image)
+    plan = layout.plan(height, width)
+    tiles = torch.zeros(plan.num_tiles, layout.tile, layout.tile, 3, dtype=torch.uint8)
+    image = ImageTiles(tiles, height, width, plan.grid)
+    return [image] * max(1, num_tiles // plan.num_tiles)

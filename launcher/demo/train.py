@@ -92,10 +92,15 @@ def draw_batches(
     """Body of the drawing process: fills the queue until told to stop."""
     torch.set_num_threads(1)
     encode = Encoder(build_tokenizer())
+    parent = multiprocessing.parent_process()
+
+    def wanted() -> bool:
+        return not stop.is_set() and (parent is None or parent.is_alive())
+
     index = first
-    while not stop.is_set():
+    while wanted():
         batch = make_batch(seed, index, index / steps if steps else progress.value, encode)
-        while not stop.is_set():
+        while wanted():
             try:
                 out.put(batch, timeout=1)
                 break

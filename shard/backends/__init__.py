@@ -1,22 +1,26 @@
 """One file per device; the file's name is the registration.
 
 A backend file offers `available() -> bool` and `create(device: torch.device) -> Backend`.
+Torch is imported when a backend is loaded, so that `build` also runs where there is none.
 """
 
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
-
-from tessera.shard.backends.base import Backend
 from tessera.shard.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tessera.shard.backends.base import Backend
 
 AUTO = "auto"
 AUTO_ORDER = ("cuda", "xpu", "cpu")  # the first that is there
 
 
-def load_backend(device: str, backend: str = AUTO) -> Backend:
+def load_backend(device: str, backend: str = AUTO) -> "Backend":
     """The operations of a device.
 
     Args:
@@ -26,6 +30,8 @@ def load_backend(device: str, backend: str = AUTO) -> Backend:
     Raises:
         DeviceError: the device or the file is absent. An asked-for device is never replaced.
     """
+    import torch
+
     chosen = _resolve(device)
     if not _file(chosen.type).available():
         raise DeviceError(
@@ -36,8 +42,10 @@ def load_backend(device: str, backend: str = AUTO) -> Backend:
     return created
 
 
-def _resolve(device: str) -> torch.device:
+def _resolve(device: str) -> "torch.device":
     """The torch device of a name; the first one of a kind where no index is given."""
+    import torch
+
     if device == AUTO:
         device = next(name for name in AUTO_ORDER if _file(name).available())
     try:

@@ -141,6 +141,10 @@ class Backend(Protocol):
         """Memory this process may still take on the device."""
         ...
 
+    def used_memory_bytes(self) -> int:
+        """Memory this process holds on the device now."""
+        ...
+
     def peak_memory_bytes(self) -> int | None:
         """Highest memory in use since `reset_peak_memory`, or None where it is not measured."""
         ...

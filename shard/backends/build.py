@@ -61,7 +61,7 @@ def library_path(folder: Path = FOLDER) -> Path:
         CannotBuildError: torch is not installed.
     """
     digest = hashlib.sha256(f"{_torch_version()} {platform.machine()}".encode())
-    for file in sorted([Path(__file__), *SOURCES.glob("*")]):
+    for file in [Path(__file__), *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cpp"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return folder / f"tessera_cpu-{digest.hexdigest()[:16]}.so"
 
@@ -88,6 +88,16 @@ def build(folder: Path = FOLDER, compiler: str | None = None) -> Path:
             outdated.unlink(missing_ok=True)
         linked.replace(library)  # in one step: another process may be loading or building it
     return library
+
+
+def can_build() -> bool:
+    """Whether `build` has all it needs here."""
+    try:
+        _torch_folder()
+        _find_compiler(None)
+    except CannotBuildError:
+        return False
+    return True
 
 
 def _compile(compiler: str, torch: Path, folder: Path) -> list[Path]:
@@ -144,6 +154,7 @@ def _torch_version() -> str:
 
 
 def _torch_folder() -> Path:
+    _torch_version()
     spec = importlib.util.find_spec("torch")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / "include" / "torch" / "library.h").exists():

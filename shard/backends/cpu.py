@@ -47,7 +47,7 @@ def kernel_variants() -> list[str]:
     library = library_path()
     if not library.exists():
         raise FileNotFoundError(f"{library.name} is not there")
-    torch.ops.load_library(library)
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     names: list[str] = torch.ops.tessera_cpu.variants()
     return names
 
@@ -91,7 +91,7 @@ class CpuBackend(ReferenceBackend):
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.add_rms_norm`. The sum overwrites `residual_TD`."""
         normed_TD = self._add_rms_norm(x_TD, residual_TD, weight_D, eps, self._variant)
-        return normed_TD, x_TD if residual_TD is None else residual_TD
+        return normed_TD, x_TD.contiguous() if residual_TD is None else residual_TD
 
     def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
         """See `Backend.silu_mul`. Rounded once, where the reference rounds twice."""
@@ -135,7 +135,5 @@ class CpuBackend(ReferenceBackend):
 
     def attend_dense(self, q_SQNH: Tensor, k_SQNH: Tensor, v_SQNH: Tensor) -> Tensor:
         """See `Backend.attend_dense`: the same kernel, each row a sequence in one block."""
-        out_SQNH: Tensor = self._attend_dense(
-            q_SQNH.contiguous(), k_SQNH.contiguous(), v_SQNH.contiguous(), self._variant
-        )
+        out_SQNH: Tensor = self._attend_dense(q_SQNH, k_SQNH, v_SQNH, self._variant)
         return out_SQNH

@@ -37,6 +37,11 @@ def free_host_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     return max(0, min([psutil.virtual_memory().available, *left_by_groups]))
 
 
+def used_host_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_host_bytes(proc: Path = PROC) -> int | None:
     """Most resident memory since `reset_host_peak`, or None where the kernel does not tell."""
     return _first_number(proc / "status", "VmHWM:", unit=1024)

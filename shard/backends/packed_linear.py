@@ -30,9 +30,7 @@ class PackedLinear:
 def packing_works(dtype: torch.dtype) -> bool:
     """Whether this torch on this processor packs weights and multiplies with them rightly."""
     generator = torch.Generator().manual_seed(0)
-    weight_OI, x_TI = (
-        torch.randn(rows, 64, generator=generator).to(dtype) for rows in (48, 3)
-    )
+    weight_OI, x_TI = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (48, 3))
     bias_O = torch.randn(48, generator=generator).to(dtype)
     expected = F.linear(x_TI.float(), weight_OI.float(), bias_O.float())
     try:

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.shard.backends.base import CacheShape, LayerCache, Linear, StepLayout
-from tessera.shard.backends.host_memory import free_host_bytes, peak_host_bytes, reset_host_peak
+from tessera.shard.backends.host_memory import (
+    free_host_bytes,
+    peak_host_bytes,
+    reset_host_peak,
+    used_host_bytes,
+)
 
 
 def available() -> bool:
@@ -63,7 +68,8 @@ class ReferenceBackend:
         _, num_kv_heads, block_size, head_size = cache.k_BKPH.shape
         heads_TXH = qkv_TF.reshape(qkv_TF.shape[0], -1, head_size)  # X = N + 2K
         num_heads = heads_TXH.shape[1] - 2 * num_kv_heads
-        q_TNH, k_TKH, v_TKH = heads_TXH.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        q_TNH, kv_TXH = heads_TXH[:, :num_heads], heads_TXH[:, num_heads:]
+        k_TKH, v_TKH = kv_TXH[:, :num_kv_heads], kv_TXH[:, num_kv_heads:]
         cos_sin_TH = cos_sin_LH[layout.positions_T]
         blocks_T, offsets_T = layout.slots_T // block_size, layout.slots_T % block_size
         cache.k_BKPH[blocks_T, :, offsets_T] = rotate(k_TKH, cos_sin_TH)
@@ -91,6 +97,10 @@ class ReferenceBackend:
     def free_memory_bytes(self) -> int:
         """See `Backend.free_memory_bytes`."""
         return free_host_bytes()
+
+    def used_memory_bytes(self) -> int:
+        """See `Backend.used_memory_bytes`."""
+        return used_host_bytes()
 
     def peak_memory_bytes(self) -> int | None:
         """See `Backend.peak_memory_bytes`: resident memory of the process."""

@@ -26,6 +26,10 @@ class XpuBackend(FusedAttentionBackend):
         reserved = torch.xpu.memory_reserved(self.device)
         return free + reserved - torch.xpu.memory_allocated(self.device)
 
+    def used_memory_bytes(self) -> int:
+        """See `Backend.used_memory_bytes`: bytes of tensors."""
+        return torch.xpu.memory_allocated(self.device)
+
     def peak_memory_bytes(self) -> int | None:
         """See `Backend.peak_memory_bytes`: bytes of tensors."""
         return torch.xpu.max_memory_allocated(self.device)

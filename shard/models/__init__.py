@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from tessera.shard.models.base import Model, Placement
-from tessera.shard.models.config import read_config, resolve_dtype
+from tessera.shard.models.config_file import read_config
+from tessera.shard.models.dtype import resolve_dtype
 from tessera.shard.models.registry import build_model
 from tessera.shard.weights import Checkpoint, load_weights
 

@@ -27,11 +27,13 @@ class ImageTiles:
     tiles: Tensor  # uint8 [num_tiles, side, side, 3] on the host, the overview first
     height: int  # of the original picture, pixels
     width: int
+    grid: tuple[int, int]  # tiles down and across that follow the overview; (0, 0): none
 
 
 class Model(Protocol):
     """A decoder on one rank. Loaded and packed; holds no state of any sequence."""
 
+    width: int  # of embeddings and hidden states
     num_layers: int
     num_kv_heads: int  # on this rank
     head_size: int
@@ -51,7 +53,11 @@ class Model(Protocol):
         ...
 
     def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
-        """The hidden states [T, D] after the last norm; writes the KV cache of this step."""
+        """The hidden states [T, D] after the last norm; writes the KV cache of this step.
+
+        The memory of `x_TD` may be reused. With fewer caches than layers only the first layers run:
+        enough to measure what a step takes.
+        """
         ...
 
     def logits(self, hidden_RD: Tensor) -> Tensor | None:

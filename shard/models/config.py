@@ -1,23 +1,13 @@
 """config.json as frozen values, with the defaults that the hub's files leave out."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from tessera.proto.image_layout import ImageLayout, ImageLayoutError, layout_from_config
-from tessera.shard.errors import CheckpointError, DeviceError
+from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.attention import AttentionShape
 from tessera.shard.layers.rotary import Rotary
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 CLIP_L14_336: Mapping[str, Any] = {
     "hidden_size": 1024,
@@ -198,75 +188,6 @@ class LlavaConfig:
             projector_act=config.get("projector_hidden_act", "gelu"),
             projector_bias=bool(config.get("multimodal_projector_bias", True)),
         )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder.
-
-    Raises:
-        CheckpointError: it is absent, not a JSON object, or that of a quantised checkpoint.
-    """
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise CheckpointError(f"{folder} has no config.json: it is not a model's folder")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise CheckpointError(
-            f"config.json has a quantization_config ({method}): use the unquantised checkpoint"
-        )
-    return config
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no such file.
-
-    Raises:
-        CheckpointError: the file holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds {type(value).__name__}, not an object")
-    return value
-
-
-def resolve_dtype(setting: str, config: Mapping[str, Any], device_type: str) -> torch.dtype:
-    """The dtype to compute in.
-
-    Args:
-        setting: "float32", "bfloat16", "float16", or "auto": what config.json says of the whole
-            model, else of its text model, else float32. The hub's float16 becomes bfloat16 on
-            the cpu, which has no fast float16 arithmetic.
-        device_type: "cpu", "cuda" or "xpu".
-
-    Raises:
-        CheckpointError: config.json names a dtype that models are not computed in.
-        DeviceError: `setting` is no dtype, or one this device cannot do.
-    """
-    if setting == "auto":
-        dtype = _checkpoint_dtype(config)
-        on_cpu = device_type == "cpu" and dtype is torch.float16
-        return torch.bfloat16 if on_cpu else dtype
-    if setting not in DTYPES:
-        raise DeviceError(f"dtype {setting!r} is not known; use auto, {', '.join(DTYPES)}")
-    if device_type == "cpu" and setting == "float16":
-        raise DeviceError("the cpu has no fast float16; use bfloat16, float32 or auto as DTYPE")
-    return DTYPES[setting]
-
-
-def _checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    text = config.get("text_config") or {}
-    places = ((part, key) for part in (config, text) for key in ("dtype", "torch_dtype"))
-    name = next((part[key] for part, key in places if part.get(key)), "float32")
-    dtype = DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
-        raise CheckpointError(f"config.json says dtype={name!r}; set DTYPE to float32 or bfloat16")
-    return dtype
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

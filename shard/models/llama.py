@@ -109,9 +109,9 @@ class Llama(LoadableModel):
         raise TypeError("this model has no vision tower")
 
     def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
-        """See `Model.forward`. The memory of `x_TD` may be reused."""
+        """See `Model.forward`."""
         residual_TD: Tensor | None = None
-        for layer, cache in zip(self.decoder, caches, strict=True):
+        for layer, cache in zip(self.decoder, caches, strict=False):
             x_TD, residual_TD = layer(x_TD, residual_TD, self.cos_sin_LH, cache, layout)
         return self.norm(x_TD, residual_TD)[0]
 

@@ -43,8 +43,10 @@ class LlavaNext(Llava):
         With the strategy "full" the overview keeps its class feature and the tiles of the grid,
         which could not be laid side by side with it, do not.
         """
-        plan = self._layout.plan(image.height, image.width)
         overview_QD, tiles_SQD = tiles_SQD[0], tiles_SQD[1:]
+        if image.grid == (0, 0):
+            return overview_QD
+        plan = self._layout.plan_on(image.height, image.width, image.grid)
         if self._layout.strategy == "full":
             tiles_SQD = tiles_SQD[:, 1:]
         side = self._layout.tile // self._layout.patch

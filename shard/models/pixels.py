@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.shard.errors import CheckpointError
-from tessera.shard.models.config import read_json
+from tessera.shard.models.config_file import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

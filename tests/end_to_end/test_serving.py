@@ -124,8 +124,14 @@ def test_bad_requests_get_a_clear_4xx_and_their_neighbours_are_unharmed(stack: S
             body = {"inputs": prompt(4), "parameters": {"max_new_tokens": 60}}
             neighbour = asyncio.create_task(client.post("/generate", json=body))
             replies = await asyncio.gather(
-                *(client.post(path, json=bad) for bad in BAD.values() for path in ("/generate", "/generate_stream")),
-                client.post("/generate", content=b"{", headers={"content-type": "application/json"}),
+                *(
+                    client.post(path, json=bad)
+                    for bad in BAD.values()
+                    for path in ("/generate", "/generate_stream")
+                ),
+                client.post(
+                    "/generate", content=b"{", headers={"content-type": "application/json"}
+                ),
             )
             return (await neighbour).json()["generated_text"], list(replies)
 
@@ -158,10 +164,17 @@ def test_openai_client_asks_about_a_picture(stack: Stack) -> None:
     ]
     messages = [{"role": "user", "content": parts}]
     reply = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=10, temperature=0  # type: ignore[arg-type]
+        model="default",
+        messages=messages,
+        max_tokens=10,
+        temperature=0,  # type: ignore[arg-type]
     )
     chunks = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=10, temperature=0, stream=True  # type: ignore[arg-type]
+        model="default",
+        messages=messages,
+        max_tokens=10,
+        temperature=0,
+        stream=True,  # type: ignore[arg-type]
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == reply.choices[0].message.content
@@ -190,7 +203,9 @@ def children_of(stack: Stack) -> list[psutil.Process]:
     return psutil.Process(stack.process.pid).children(recursive=True)
 
 
-def test_sigterm_lets_a_stream_finish_and_leaves_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_sigterm_lets_a_stream_finish_and_leaves_nothing(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     flags = ("--num-shard", "2", "--dtype", "float32")
     with running(checkpoint("llama"), *flags, TMPDIR=str(tmp_path)) as stack:
         children = children_of(stack)

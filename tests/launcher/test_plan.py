@@ -34,9 +34,9 @@ def test_shards_by_rank_then_the_router() -> None:
     specs = plan("--num-shard", "2")
     assert [spec.name for spec in specs] == ["shard 0", "shard 1", "router"]
     assert [spec.argv for spec in specs] == [
-        (sys.executable, "-m", "tessera.shard.main"),
-        (sys.executable, "-m", "tessera.shard.main"),
-        (sys.executable, "-m", "tessera.router.main"),
+        (sys.executable, "-P", "-m", "tessera.shard.main"),
+        (sys.executable, "-P", "-m", "tessera.shard.main"),
+        (sys.executable, "-P", "-m", "tessera.router.main"),
     ]
 
 
@@ -177,7 +177,8 @@ def test_the_download_gets_the_token_by_environment_under_any_of_its_names() -> 
     )
     spec = plan_download(settings, Path("/tmp/result"), 4242)
     assert spec.argv[1:] == (
-        *("-m", "tessera.launcher.download", "--result", "/tmp/result", "--log-level", "info"),
+        *("-P", "-m", "tessera.launcher.download", "--result", "/tmp/result"),
+        *("--log-level", "info"),
         *("--revision", "v1", "--cache-dir", "/data", "--", "o/m"),
     )
     assert spec.environ["HF_TOKEN"] == "hf_x"

@@ -72,7 +72,7 @@ def test_a_wrong_log_call_still_logs() -> None:
 PROGRAM = """
 import logging, sys
 from tessera.proto.logs import configure_logging
-configure_logging("info", stream=sys.stdout, background={background})
+configure_logging("info", background={background})
 logging.getLogger("x").debug("quiet")
 for i in range(5000):
     logging.getLogger("x").info("line %d " + "." * 100, i)
@@ -117,4 +117,14 @@ def test_a_stuck_reader_does_not_stop_a_background_writer() -> None:
     )
     os.close(writer)
     os.close(reader)
+    assert (done.returncode, done.stderr) == (0, "got through")
+
+
+def test_a_process_without_a_stdout_still_runs() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, PROGRAM.format(background=True)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "got through")

@@ -30,14 +30,38 @@ EITHER_TEMPLATE = (
     "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endif %}\n{% endfor %}"
 )
+SELECTING_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' }}\n"
+    "    {# all pictures, then all words #}\n"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ c['text'] }}{% endfor %}{% else %}{{ m['content'][0]['text'] }}{% endif %}{% endfor %}"
+)
+STRICT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system = false %}{% endif %}{% for m in loop_messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system != false %}"
+    "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}"
+    "{% else %}{% set content = m['content'] %}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}"
+    "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 PIC = {"type": "image_url", "image_url": {"url": "data:"}}
 LIST_TEMPLATES = {
     "mistral": MISTRAL_TEMPLATE,
     "vicuna": VICUNA_TEMPLATE,
     "chatml": CHATML_TEMPLATE,
     "either": EITHER_TEMPLATE,
+    "selecting": SELECTING_TEMPLATE,
 }
-STRING_TEMPLATES = {"llama2": LLAMA2_TEMPLATE, "chatml-string": CHATML_STRING_TEMPLATE}
+STRING_TEMPLATES = {
+    "llama2": LLAMA2_TEMPLATE,
+    "chatml-string": CHATML_STRING_TEMPLATE,
+    "strict": STRICT_TEMPLATE,
+}
 
 
 def text(words: str) -> dict[str, str]:
@@ -112,6 +136,15 @@ def test_llama2() -> None:
         shown(LLAMA2_TEMPLATE, user("Hi"), says("Ho"), user("He"))
         == "<s>[INST] Hi [/INST] Ho </s><s>[INST] He [/INST]"
     )
+
+
+def test_strict_llama2() -> None:
+    assert (
+        shown(STRICT_TEMPLATE, says("S", "system"), user(PIC, " Hi "), says("Ho"))
+        == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n{0}\n Hi [/INST] Ho </s>"
+    )
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        shown(STRICT_TEMPLATE, user("a"), user("b"))
 
 
 def test_pictures_stand_in_strings_where_they_were_sent() -> None:

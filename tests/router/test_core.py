@@ -66,7 +66,9 @@ class ScriptedShards:
         return reply
 
 
-def request(prompt: int = 5, new: int = 4, stop: tuple[str, ...] = (), **sampling: object) -> Request:
+def request(
+    prompt: int = 5, new: int = 4, stop: tuple[str, ...] = (), **sampling: object
+) -> Request:
     return Request(
         tuple(range(PROMPT, PROMPT + prompt)),
         (),

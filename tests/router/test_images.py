@@ -2,9 +2,11 @@ import base64
 import io
 import random
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -291,6 +293,41 @@ def test_bombs_are_refused_before_they_are_decoded(data: bytes, named: str) -> N
     tracemalloc.stop()
     assert named in message
     assert peak < 1_000_000
+
+
+def png_chunk(name: bytes) -> bytes:
+    return bytes(4) + name + struct.pack(">I", zlib.crc32(name))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(Image.new("RGB", (8, 8)))[:33] + png_chunk(b"abCd") * 200_000,
+        encoded(Image.new("RGB", (8, 8)))[:33] + png_chunk(b"IDAT") * 200_000,
+        b"\xff\xd8" + b"\xff\xfe\0\2" * 500_000,
+        b"\xff\xd8" + b"\xff" * 1_000_000,
+        b"GIF89a\1\0\1\0\0\0\0" + b"\x21\xfe\1a\0" * 300_000,
+    ],
+    ids=["png", "png-data", "jpeg", "jpeg-fill", "gif"],
+)
+def test_endless_segments_are_refused(data: bytes) -> None:
+    start = time.process_time()
+    assert "too many segments" in refusal(data)
+    assert time.process_time() - start < 5
+
+
+def test_endless_passes_are_refused() -> None:
+    data = encoded(Image.new("RGB", (3000, 3000)), "JPEG", progressive=True)
+    one_pass = data[data.rindex(b"\xff\xda") : -2]
+    assert "too many passes" in refusal(data[:-2] + one_pass * 1000 + data[-2:])
+    assert prepare(data[:-2] + one_pass * 10 + data[-2:]).width == 3000
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    files = [encoded(noise(200 + i, 150, seed=i), "JPEG") for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(prepare, files * 4))
+    assert together == [prepare(data) for data in files] * 4
 
 
 def test_the_limit_itself_is_allowed() -> None:

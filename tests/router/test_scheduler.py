@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from tessera.router.blocks import BlockPool
-from tessera.router.request import PlacedImage, PreparedImage, Request, SamplingParams, StoppingParams
+from tessera.router.request import (
+    PlacedImage,
+    PreparedImage,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from tessera.router.scheduler import MAX_OVERTAKES, Scheduler, SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
 
@@ -139,7 +145,9 @@ def test_dry_pool_preempts_the_youngest_which_is_rebuilt_later() -> None:
     assert scheduler.pool.num_free == 5
 
 
-def test_cancelled_sequence_gives_its_blocks_back_at_once_and_is_released_in_the_next_step() -> None:
+def test_cancelled_sequence_gives_its_blocks_back_at_once_and_is_released_in_the_next_step() -> (
+    None
+):
     scheduler = make_scheduler()
     sequence = make_sequence(1, prompt_tokens=20)
     scheduler.add(sequence)
@@ -185,7 +193,10 @@ def test_tile_budget_postpones_a_picture_but_not_the_text_before_it() -> None:
         placed = PlacedImage(make_image(n), offset=3)
         scheduler.add(make_sequence(n, prompt_tokens=10, images=(placed,)))
     plan = scheduler.next_step()
-    assert [(c.sequence.sequence_id, c.first, c.last) for c in plan.chunks] == [(1, 0, 10), (2, 0, 3)]
+    assert [(c.sequence.sequence_id, c.first, c.last) for c in plan.chunks] == [
+        (1, 0, 10),
+        (2, 0, 3),
+    ]
     sample_all(scheduler, plan)
     plan = scheduler.next_step()
     assert [image.content_hash[0] for image in plan.images] == [2]
@@ -237,9 +248,7 @@ def test_a_prefix_is_found_again_after_its_sequence_ended_generated_tokens_inclu
     first = make_sequence(1, prompt_tokens=6, max_new_tokens=7)
     finish_one(scheduler, first)  # computed 12 of 13 tokens: three full blocks
     second = make_sequence(2, prompt_tokens=6, max_new_tokens=1)
-    second.request = Request(
-        (*first.token_ids, 1, 2), (), SamplingParams(), StoppingParams(1)
-    )
+    second.request = Request((*first.token_ids, 1, 2), (), SamplingParams(), StoppingParams(1))
     second.token_ids = list(second.request.prompt_ids)
     scheduler.add(second)
     assert first_chunk(scheduler) == (12, 15)
@@ -394,7 +403,9 @@ def test_a_preempted_sequence_waits_for_the_token_that_is_on_its_way() -> None:
     scheduler.append_token(young, 7)
     scheduler.next_step()  # both decode; the old one takes the last block
     scheduler.append_token(old, 7)
-    assert scheduler.next_step().decodes[0].sequence is old  # the young one needs a block: preempted
+    assert (
+        scheduler.next_step().decodes[0].sequence is old
+    )  # the young one needs a block: preempted
     assert (scheduler.num_preemptions, young.num_pending) == (1, 1)
     scheduler.finish(old)  # now there is room
     assert scheduler.next_step().chunks == []

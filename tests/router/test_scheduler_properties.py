@@ -127,7 +127,9 @@ class Shard:
             number = row.sequence.sequence_id
             if row.token_id is not None:
                 self.tokens[number][row.context_len - 1 :] = [row.token_id]
-            rows.append((row.sequence, row.context_len - 1, row.context_len, row.new_block_ids, True))
+            rows.append(
+                (row.sequence, row.context_len - 1, row.context_len, row.new_block_ids, True)
+            )
         for chunk in plan.chunks:
             number = chunk.sequence.sequence_id
             if chunk.is_start:
@@ -136,7 +138,9 @@ class Shard:
                 self.tokens[number] = list(chunk.sequence.token_ids[: chunk.first])
             assert len(self.tokens[number]) == chunk.first
             self.tokens[number] += chunk.sequence.token_ids[chunk.first : chunk.last]
-            rows.append((chunk.sequence, chunk.first, chunk.last, chunk.new_block_ids, chunk.is_last))
+            rows.append(
+                (chunk.sequence, chunk.first, chunk.last, chunk.new_block_ids, chunk.is_last)
+            )
         for sequence, first, last, blocks, _ in rows:
             self._write(sequence, first, last, blocks)
         for sequence, _, last, _, _ in rows:
@@ -205,9 +209,7 @@ def end_early(load: Load, scheduler: Scheduler, step: int, over: set[int]) -> No
             over.add(sequence.sequence_id)
 
 
-def take_tokens(
-    load: Load, scheduler: Scheduler, tokens: dict[int, int], over: set[int]
-) -> None:
+def take_tokens(load: Load, scheduler: Scheduler, tokens: dict[int, int], over: set[int]) -> None:
     for number, token in tokens.items():
         if number in over:
             continue

@@ -7,6 +7,7 @@ from torch import Tensor
 from tessera.proto import shard_pb2
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import LayerCache, StepLayout
+from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.models.base import ImageTiles, Placement
@@ -16,13 +17,15 @@ from tessera.shard.warmup import warm_up
 VOCABULARY = 32
 BLOCK_SIZE = 4
 POISON = 13  # a token after which the model's output is NaN
+BAD = 14  # a token with which the model raises
+BROKEN = 99  # a pixel with which the vision tower raises
 IMAGE_TOKEN = 31
 
 
 class TableModel:
     """Logits of a token are its row of a table; a picture's features are one-hot rows."""
 
-    num_layers, num_kv_heads, head_size = 1, 1, 8
+    width, num_layers, num_kv_heads, head_size = VOCABULARY, 1, 1, 8
     vocab_size, max_positions = VOCABULARY, 1000
 
     def __init__(self) -> None:
@@ -30,16 +33,25 @@ class TableModel:
             VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3)
         )
         self.layouts: list[StepLayout] = []
+        self.room = 1_000_000  # tokens, or pictures, that fit into memory at once
 
     def embed(self, ids_T: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids_T, VOCABULARY).float()
 
     def encode_images(self, images: list[ImageTiles]) -> list[Tensor]:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        if any(int(image.tiles[0, 0, 0, 0]) == BROKEN for image in images):
+            raise ValueError("a picture that the model cannot take")
         # Feature k of a picture looks like the token with the value of the first pixel plus k.
         return [self.embed(torch.arange(6) + int(image.tiles[0, 0, 0, 0])) for image in images]
 
     def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
         self.layouts.append(layout)
+        if x_TD.shape[0] > self.room:
+            raise torch.OutOfMemoryError("no room")
+        if BAD in x_TD.argmax(-1).tolist():
+            raise IndexError("a token that the model cannot take")
         hidden_TD = x_TD @ self.table_VV
         hidden_TD[x_TD.argmax(-1) == POISON] = float("nan")
         return hidden_TD
@@ -122,9 +134,74 @@ def test_nan_fails_its_own_sequence_only(engine: Engine, model: TableModel) -> N
     assert "not finite" in reply.failures[0].message
 
 
+def test_an_exception_fails_its_own_sequence_only(engine: Engine, model: TableModel) -> None:
+    reply = engine.run(shard_pb2.Step(chunks=[chunk(0, [1, BAD, 2]), chunk(1, [4])]))
+    assert tokens(reply) == {1: int(model.table_VV[4].argmax())}
+    (failure,) = reply.failures
+    assert failure.sequence_id == 0 and "internal error" in failure.message
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5])
+def test_a_step_that_runs_out_of_memory_is_done_in_parts(
+    engine: Engine, model: TableModel, room: int
+) -> None:
+    step = shard_pb2.Step(chunks=[chunk(0, [5, 6, 7, 8, 9]), chunk(1, [4, 3])])
+    expected = tokens(engine.run(step))
+    engine.reset()
+    model.room = room
+    model.layouts.clear()
+    reply = engine.run(step)
+    assert tokens(reply) == expected and not reply.failures
+    done = [layout for layout in model.layouts if layout.query_start[-1] <= room]
+    assert sum(layout.query_start[-1] for layout in done) == 7
+    positions = [p for layout in done for p in layout.positions_T.tolist()]
+    assert positions == [0, 1, 2, 3, 4, 0, 1]
+    for layout in done:  # the last token of each row sees exactly what lies before it
+        ends = [layout.positions_T[end - 1].item() + 1 for end in layout.query_start[1:]]
+        assert ends == list(layout.context_lens) == layout.context_lens_S.tolist()
+
+
+def test_no_room_for_a_single_token_fails_the_sequence_with_the_setting_to_lower(
+    engine: Engine, model: TableModel
+) -> None:
+    model.room = 0
+    reply = engine.run(shard_pb2.Step(chunks=[chunk(0, [5])]))
+    assert "MAX_BATCH_PREFILL_TOKENS" in reply.failures[0].message and not reply.tokens
+
+
+def make_image(content_hash: bytes, pixel: int) -> shard_pb2.Image:
+    tiles = torch.full((1, 2, 2, 3), pixel, dtype=torch.uint8).numpy().tobytes()
+    return shard_pb2.Image(
+        content_hash=content_hash, height=2, width=2, num_tiles=1, tiles=tiles
+    )
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_pictures_that_do_not_fit_together_are_encoded_in_parts(
+    engine: Engine, model: TableModel, room: int
+) -> None:
+    model.room = room
+    images = [make_image(bytes([n] * 16), n) for n in range(5)]
+    engine.run(shard_pb2.Step(images=images))
+    for n in range(5):
+        features = engine._vision.get(bytes([n] * 16))
+        assert features is not None and int(features[0].argmax()) == n
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_own_request_only(
+    engine: Engine, model: TableModel
+) -> None:
+    step = image_step(b"a" * 16, with_pixels=True)
+    step.images.append(make_image(b"b" * 16, BROKEN))
+    span = shard_pb2.ImageSpan(content_hash=b"b" * 16, length=1)
+    step.chunks.append(chunk(1, [IMAGE_TOKEN], images=[span]))
+    reply = engine.run(step)
+    assert tokens(reply) == {0: int(model.table_VV[11].argmax())}
+    assert [failure.sequence_id for failure in reply.failures] == [1]
+
+
 def image_step(content_hash: bytes, *, with_pixels: bool) -> shard_pb2.Step:
-    tiles = torch.full((1, 2, 2, 3), 7, dtype=torch.uint8).numpy().tobytes()
-    image = shard_pb2.Image(content_hash=content_hash, height=2, width=2, num_tiles=1, tiles=tiles)
+    image = make_image(content_hash, 7)
     span = shard_pb2.ImageSpan(content_hash=content_hash, offset=1, first_feature=2, length=3)
     ids = [1, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN]
     return shard_pb2.Step(
@@ -233,6 +310,46 @@ def test_warm_up_gives_what_is_asked_for_and_leaves_no_sequence(engine: Engine) 
     engine.run(shard_pb2.Step(chunks=[chunk(0, [1])]))
 
 
-def test_warm_up_that_does_not_fit_names_settings_and_a_value_that_fits(engine: Engine) -> None:
-    with pytest.raises(DeviceError, match=r"Set MAX_TOTAL_TOKENS to at most 40,.*NUM_SHARD"):
-        warm_up(engine, request(max_blocks=10), memory_fraction=1.0, layout=None)
+class SmallDevice(ReferenceBackend):
+    """A device of so many bytes, on which every stage of a step takes `step_bytes`."""
+
+    def __init__(self, free_bytes: int, step_bytes: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.free_bytes, self.step_bytes = free_bytes, step_bytes
+
+    def free_memory_bytes(self) -> int:
+        return self.free_bytes
+
+    def used_memory_bytes(self) -> int:
+        return 0
+
+    def peak_memory_bytes(self) -> int:
+        return self.step_bytes
+
+
+def small_engine(model: TableModel, free_bytes: int, step_bytes: int) -> Engine:
+    backend = SmallDevice(free_bytes, step_bytes)
+    return Engine(model, Placement(backend, Group(), torch.float32), BLOCK_SIZE)
+
+
+def test_warm_up_fills_what_the_largest_step_leaves(model: TableModel) -> None:
+    engine = small_engine(model, 100_000, 20_000)
+    reply = warm_up(engine, request(), memory_fraction=0.5, layout=None)
+    assert reply.num_blocks == (50_000 - 20_000 - 2_500) // 256
+    assert reply.peak_step_bytes == 20_000
+
+
+def test_warm_up_that_does_not_fit_names_settings_values_that_fit_and_what_takes_the_memory(
+    model: TableModel,
+) -> None:
+    engine = small_engine(model, 20_000, 6_000)
+    with pytest.raises(DeviceError) as error:
+        warm_up(engine, request(), memory_fraction=1.0, layout=None)
+    message = str(error.value)
+    for part in ("64 prompt tokens", "image tiles", "4 sequences", "image features", "NUM_SHARD"):
+        assert part in message
+    assert "MAX_TOTAL_TOKENS=200" in message
+    fitting = int(message.split("MAX_BATCH_PREFILL_TOKENS=")[1].split(",")[0])
+    assert 6_000 * fitting / 64 <= 20_000 - 1_000 - 64 * 256
+    # The values it names do fit.
+    warm_up(small_engine(model, 20_000, 6_000), request(max_context_len=200), 1.0, None)

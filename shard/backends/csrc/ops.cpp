@@ -64,8 +64,9 @@ std::vector<std::string> variant_names() {
 }
 
 // The residual, where there is one, becomes x + residual.
-Tensor add_rms_norm(const Tensor& x_TD, const std::optional<Tensor>& residual_TD,
+Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual_TD,
                     const Tensor& weight_D, double eps, int64_t variant) {
+  Tensor x_TD = x.contiguous();
   int64_t width = weight_D.numel();
   check_rows(x_TD, "x", x_TD.scalar_type());
   check_rows(weight_D, "weight", x_TD.scalar_type());
@@ -89,7 +90,8 @@ Tensor add_rms_norm(const Tensor& x_TD, const std::optional<Tensor>& residual_TD
   return out_TD;
 }
 
-Tensor silu_mul(const Tensor& gate_up_TF, int64_t variant) {
+Tensor silu_mul(const Tensor& gate_up, int64_t variant) {
+  Tensor gate_up_TF = gate_up.contiguous();
   check_rows(gate_up_TF, "gate_up", gate_up_TF.scalar_type());
   TORCH_CHECK(gate_up_TF.dim() == 2 && gate_up_TF.size(1) % 2 == 0, "gate_up must be [T, 2 * n]");
   int64_t rows = gate_up_TF.size(0), width = gate_up_TF.size(1) / 2;
@@ -124,9 +126,10 @@ void check_range(const Tensor& indices, int64_t limit, const char* name) {
   TORCH_CHECK_INDEX(inside, name, " must lie in [0, ", limit, ")");
 }
 
-Tensor rotate_and_store(const Tensor& qkv_TF, const Tensor& cos_sin_LH, const Tensor& k_BKPH,
+Tensor rotate_and_store(const Tensor& qkv, const Tensor& cos_sin_LH, const Tensor& k_BKPH,
                         const Tensor& v_BKPH, const Tensor& positions_T, const Tensor& slots_T,
                         int64_t variant) {
+  Tensor qkv_TF = qkv.contiguous();
   check_rows(qkv_TF, "qkv", qkv_TF.scalar_type());
   check_cache(k_BKPH, v_BKPH, qkv_TF.scalar_type());
   check_rows(cos_sin_LH, "cos_sin", at::kFloat);
@@ -148,9 +151,9 @@ Tensor rotate_and_store(const Tensor& qkv_TF, const Tensor& cos_sin_LH, const Te
     const float* cos_sin = data<float>(cos_sin_LH);
     const int64_t *position = data<int64_t>(positions_T), *slot = data<int64_t>(slots_T);
     T *q = data<T>(q_TNH), *k = data<T>(k_BKPH), *v = data<T>(v_BKPH);
-    const T* qkv = data<T>(qkv_TF);
+    const T* tokens_of_qkv = data<T>(qkv_TF);
     for_rows(tokens, qkv_TF.size(1), [&](int64_t t) {
-      const T* from = qkv + t * (heads + 2 * kv_heads) * head_size;
+      const T* from = tokens_of_qkv + t * (heads + 2 * kv_heads) * head_size;
       const float* angles = cos_sin + position[t] * head_size;
       for (int64_t head = 0; head < heads; head++, from += head_size) {
         rotate(from, angles, q + (t * heads + head) * head_size, head_size);
@@ -203,9 +206,10 @@ AttendArgs<T> attend_args(T, const Tensor& q_TNH, const Tensor& k_BKPH, const Te
 }
 
 // window 0: no window.
-Tensor attend_paged(const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_BKPH,
+Tensor attend_paged(const Tensor& q, const Tensor& k_BKPH, const Tensor& v_BKPH,
                     const Tensor& query_start_S1, const Tensor& context_lens_S,
                     const Tensor& block_tables_SM, int64_t window, int64_t variant) {
+  Tensor q_TNH = q.contiguous();
   check_rows(q_TNH, "q", q_TNH.scalar_type());
   check_cache(k_BKPH, v_BKPH, q_TNH.scalar_type());
   check_rows(query_start_S1, "query_start", at::kInt);
@@ -233,8 +237,8 @@ Tensor attend_paged(const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_B
 }
 
 // Each row of S is a sequence whose keys lie in one block of Q positions, where they are.
-Tensor attend_dense(const Tensor& q_SQNH, const Tensor& k_SQNH, const Tensor& v_SQNH,
-                    int64_t variant) {
+Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, int64_t variant) {
+  Tensor q_SQNH = q.contiguous(), k_SQNH = k.contiguous(), v_SQNH = v.contiguous();
   check_rows(q_SQNH, "q", q_SQNH.scalar_type());
   check_rows(k_SQNH, "k", q_SQNH.scalar_type());
   check_rows(v_SQNH, "v", q_SQNH.scalar_type());

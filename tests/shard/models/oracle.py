@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.proto.image_layout import ImageLayout, layout_from_config
 from tessera.shard.models.base import ImageTiles
-from tessera.shard.models.config import read_config
+from tessera.shard.models.config_file import read_config
 from tests.shard.models.driver import Prompt
 
 BLACK = (0, 0, 0)
@@ -129,7 +129,7 @@ def cut(image: Image.Image, layout: ImageLayout) -> ImageTiles:
         grid = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
         pieces = [image.resize((tile, tile), Image.Resampling.BICUBIC), *grid]
     stacked = np.stack([np.asarray(piece) for piece in pieces])
-    return ImageTiles(torch.from_numpy(stacked), image.height, image.width)
+    return ImageTiles(torch.from_numpy(stacked), image.height, image.width, plan.grid)
 
 
 def _packing_full(model: Any) -> Any:

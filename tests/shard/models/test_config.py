@@ -15,9 +15,9 @@ from tessera.shard.models.config import (
     LlavaConfig,
     TextConfig,
     VisionConfig,
-    read_config,
-    resolve_dtype,
 )
+from tessera.shard.models.config_file import read_config
+from tessera.shard.models.dtype import resolve_dtype
 from tessera.shard.models.llama import LLAMA_DEFAULTS
 from tessera.shard.models.mistral import MISTRAL_DEFAULTS
 from tessera.shard.models.registry import model_types

@@ -1,0 +1,59 @@
+"""Keeps what goes wrong in a step with the one it belongs to.
+
+Work that runs out of memory is cut in halves and tried again; work that fails otherwise is tried piece
+by piece, so that only the piece at fault is lost. Only a single rank may try again: ranks that disagree
+about what to repeat would wait for each other for ever, so a group lets the error pass, which ends it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no room for a tensor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def in_halves(work: Callable[[int, int], R], first: int, last: int) -> list[R]:
+    """`[work(first, last)]`, or the results of its parts where it runs out of memory.
+
+    Raises:
+        Exception: what `work` raises for a single item, or for another reason.
+    """
+    try:
+        return [work(first, last)]
+    except Exception as error:
+        if not is_out_of_memory(error) or last - first < 2:
+            raise
+        logger.warning("out of memory for %d items at once; trying half", last - first)
+    middle = (first + last) // 2
+    return in_halves(work, first, middle) + in_halves(work, middle, last)
+
+
+def one_by_one(work: Callable[[T], R], items: Sequence[T]) -> list[R | str]:
+    """The result of each item, or why it failed, in words for its client."""
+    results: list[R | str] = []
+    for item in items:
+        try:
+            results.append(work(item))
+        except Exception as error:
+            logger.exception("one part of a step failed")
+            results.append(describe(error))
+    return results
+
+
+def describe(error: Exception) -> str:
+    """A reason that is safe to show to a client."""
+    if is_out_of_memory(error):
+        return "the device ran out of memory; lower MAX_BATCH_PREFILL_TOKENS"
+    return "an internal error in the shard; see its log"

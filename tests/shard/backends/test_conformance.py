@@ -1,0 +1,384 @@
+"""Every backend that runs here against dense float64 arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.shard.backends.base import Backend, CacheShape, LayerCache, StepLayout
+from tessera.shard.backends.cpu import CpuBackend, kernel_variants
+from tessera.shard.backends.fused_attention import FusedAttentionBackend
+from tessera.shard.backends.reference import ReferenceBackend
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+# Largest error relative to the largest expected value.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def built_variants() -> list[str]:
+    try:
+        return kernel_variants()
+    except OSError:
+        return []
+
+
+@pytest.fixture(params=["reference", "fused_attention", *built_variants()])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "reference":
+        return ReferenceBackend(CPU)
+    if request.param == "fused_attention":
+        return FusedAttentionBackend(CPU)
+    return CpuBackend(CPU, request.param)
+
+
+@pytest.fixture(params=built_variants())
+def kernels(request: pytest.FixtureRequest) -> CpuBackend:
+    return CpuBackend(CPU, request.param)
+
+
+def test_the_kernels_are_built_where_the_tests_run() -> None:
+    if not built_variants():
+        pytest.skip("CPU kernels are not built: python -m tessera.shard.backends.build")
+    assert built_variants()[-1] == "portable"
+
+
+@dataclass
+class PooledSequence:
+    """One sequence: everything it will ever see, and its blocks."""
+
+    q_CNH: Tensor
+    k_CKH: Tensor
+    v_CKH: Tensor
+    blocks: list[int]
+
+
+class Pool:
+    """Sequences in scattered blocks of a cache whose unused positions are NaN."""
+
+    def __init__(
+        self, lengths: Sequence[int], heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.num_heads, num_kv_heads, head_size = heads
+        self.block_size = 16
+        counts = [-(-length // self.block_size) for length in lengths]
+        shape = CacheShape(1, num_kv_heads, head_size, self.block_size, dtype)
+        self.cache = ReferenceBackend(CPU).new_cache(shape, sum(counts) + 3)[0]
+        self.cache.k_BKPH.fill_(NAN)
+        self.cache.v_BKPH.fill_(NAN)
+        blocks = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+
+        def normal(length: int, rows: int) -> Tensor:
+            return torch.randn(length, rows, head_size, generator=generator).to(dtype)
+
+        self.sequences = [
+            PooledSequence(
+                normal(length, self.num_heads),
+                normal(length, num_kv_heads),
+                normal(length, num_kv_heads),
+                [blocks.pop() for _ in range(count)],
+            )
+            for length, count in zip(lengths, counts, strict=True)
+        ]
+
+    def layout(self, parts: Sequence[tuple[int, int, int]]) -> StepLayout:
+        """The step that computes positions [first, last) of each (s, first, last)."""
+        starts = [0]
+        for _, first, last in parts:
+            starts.append(starts[-1] + last - first)
+        widest = max(len(self.sequences[s].blocks) for s, _, _ in parts)
+        tables = torch.zeros(len(parts), widest, dtype=torch.int32)
+        for row, (s, _, last) in enumerate(parts):
+            used = self.sequences[s].blocks[: -(-last // self.block_size)]
+            tables[row, : len(used)] = torch.tensor(used)
+        positions = [p for _, first, last in parts for p in range(first, last)]
+        slots = [
+            self.sequences[s].blocks[p // self.block_size] * self.block_size + p % self.block_size
+            for s, first, last in parts
+            for p in range(first, last)
+        ]
+        context_lens = tuple(last for _, _, last in parts)
+        return StepLayout(
+            torch.tensor(positions),
+            torch.tensor(slots),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(context_lens, dtype=torch.int32),
+            tables,
+            tuple(starts),
+            context_lens,
+        )
+
+    def fill(self, s: int, first: int, last: int) -> None:
+        """Put keys and values of positions [first, last) into the cache."""
+        sequence = self.sequences[s]
+        for p in range(first, last):
+            block, offset = sequence.blocks[p // self.block_size], p % self.block_size
+            self.cache.k_BKPH[block, :, offset] = sequence.k_CKH[p]
+            self.cache.v_BKPH[block, :, offset] = sequence.v_CKH[p]
+
+    def step(
+        self, backend: Backend, parts: Sequence[tuple[int, int, int]], window: int | None = None
+    ) -> list[Tensor]:
+        """The attention of one step, a tensor for each part."""
+        for part in parts:
+            self.fill(*part)
+        q_TNH = torch.cat([self.sequences[s].q_CNH[first:last] for s, first, last in parts])
+        out_TNH = backend.attend(q_TNH, self.cache, self.layout(parts), window)
+        assert out_TNH.dtype == q_TNH.dtype
+        return list(torch.split(out_TNH, [last - first for _, first, last in parts]))
+
+    def expected(self, s: int, first: int, last: int, window: int | None = None) -> Tensor:
+        """Dense attention of positions [first, last) in float64."""
+        sequence = self.sequences[s]
+        group = self.num_heads // sequence.k_CKH.shape[1]
+        q, k, v = (x[:last].double() for x in (sequence.q_CNH, sequence.k_CKH, sequence.v_CKH))
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qnh,cnh->nqc", q[first:], k) / q.shape[-1] ** 0.5
+        query, key = torch.arange(first, last)[:, None], torch.arange(last)
+        hidden = (key > query) | (key <= query - (window or last))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("nqc,cnh->qnh", weights, v)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE[got.dtype]  # also false for NaN
+
+
+# Groups of 1, 2, 3, 4, 7, 8, 16 and 20 query heads; head sizes 8 to 256, also odd multiples of 8.
+HEADS = [
+    (2, 2, 8),
+    (4, 2, 24),
+    (3, 1, 32),
+    (8, 2, 40),
+    (7, 1, 64),
+    (8, 1, 72),
+    (3, 3, 80),
+    (16, 1, 96),
+    (4, 2, 128),
+    (20, 1, 64),
+    (2, 1, 256),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_prefill_then_decode(
+    backend: Backend, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    pool = Pool([1, 17, 40], heads, dtype)
+    for parts in ([(0, 0, 1), (1, 0, 16), (2, 0, 39)], [(1, 16, 17), (2, 39, 40)]):
+        for part, got in zip(parts, pool.step(backend, parts), strict=True):
+            assert_close(got, pool.expected(*part))
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sliding_window(backend: Backend, dtype: torch.dtype, window: int) -> None:
+    pool = Pool([150, 9], (4, 2, 16), dtype)
+    for parts in ([(0, 0, 70), (1, 0, 8)], [(0, 70, 149)], [(0, 149, 150), (1, 8, 9)]):
+        for part, got in zip(parts, pool.step(backend, parts, window), strict=True):
+            assert_close(got, pool.expected(*part, window))
+
+
+def test_chunks_cut_at_every_offset(backend: Backend) -> None:
+    for cut in range(1, 36):
+        pool = Pool([36], (2, 1, 8), torch.float32, seed=cut)
+        got = [pool.step(backend, [part])[0] for part in ((0, 0, cut), (0, cut, 36))]
+        assert_close(torch.cat(got), pool.expected(0, 0, 36))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_contexts_in_a_mixed_step(backend: Backend, dtype: torch.dtype) -> None:
+    pool = Pool([1700, 1025, 512, 3], (4, 2, 32), dtype)
+    for s, length in ((0, 1650), (1, 1024), (2, 511)):
+        pool.fill(s, 0, length)
+    parts = [(0, 1650, 1700), (1, 1024, 1025), (2, 511, 512), (3, 0, 3)]
+    for part, got in zip(parts, pool.step(backend, parts), strict=True):
+        assert_close(got, pool.expected(*part))
+
+
+def test_many_sequences(backend: Backend) -> None:
+    lengths = [1 + 7 * i % 90 for i in range(100)]
+    pool = Pool(lengths, (4, 2, 16), torch.float32)
+    for s, length in enumerate(lengths):
+        pool.fill(s, 0, length)
+    parts = [(s, length - 1, length) for s, length in enumerate(lengths)]
+    for part, got in zip(parts, pool.step(backend, parts), strict=True):
+        assert_close(got, pool.expected(*part))
+
+
+def test_large_scores_do_not_overflow(backend: Backend) -> None:
+    pool = Pool([100], (2, 1, 16), torch.float32)
+    pool.sequences[0].q_CNH *= 1000
+    assert_close(pool.step(backend, [(0, 0, 100)])[0], pool.expected(0, 0, 100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poisoned", ["q_CNH", "k_CKH", "v_CKH"])
+def test_nan_stays_in_its_sequence(backend: Backend, poisoned: str, dtype: torch.dtype) -> None:
+    pool = Pool([40, 40, 40], (4, 2, 16), dtype)
+    getattr(pool.sequences[1], poisoned)[7:] = NAN
+    parts = [(0, 0, 40), (1, 0, 40), (2, 0, 40)]
+    got = pool.step(backend, parts)
+    assert got[1][7:].isnan().all()
+    for s in (0, 2):
+        assert_close(got[s], pool.expected(s, 0, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 300])
+def test_bits_do_not_depend_on_batch_chunks_or_threads(
+    kernels: CpuBackend, dtype: torch.dtype, window: int | None
+) -> None:
+    pool = Pool([1100, 700], (8, 2, 64), dtype)
+    whole = pool.step(kernels, [(0, 0, 1100), (1, 0, 700)], window)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            (chunk,) = pool.step(kernels, [(0, 601, 1000)], window)
+            decode = pool.step(kernels, [(0, 1099, 1100), (1, 699, 700)], window)
+            assert torch.equal(chunk, whole[0][601:1000])
+            assert torch.equal(decode[0], whole[0][-1:])
+            assert torch.equal(decode[1], whole[1][-1:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5, 2, 8), (3, 77, 4, 64), (2, 600, 1, 40)])
+def test_dense_attention(
+    backend: Backend, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(*shape[:2], 3, *shape[2:], generator=generator).to(dtype)
+    q, k, v = fused.unbind(2)  # views: rows that are not contiguous
+    scores = torch.einsum("sqnh,scnh->snqc", q.double(), k.double()) / shape[-1] ** 0.5
+    expected = torch.einsum("snqc,scnh->sqnh", scores.softmax(-1), v.double())
+    assert_close(backend.attend_dense(q, k, v), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_rotate_and_store(
+    backend: Backend, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    pool = Pool([9, 20], heads, dtype)
+    layout = pool.layout([(0, 4, 9), (1, 0, 20)])
+    generator = torch.Generator().manual_seed(0)
+    qkv_TF = torch.randn(25, (num_heads + 2 * num_kv_heads) * head_size, generator=generator)
+    qkv_TF = qkv_TF.to(dtype)
+    angles_Lh = torch.rand(30, head_size // 2, generator=generator) * 6
+    cos_sin_LH = torch.cat([angles_Lh.cos(), angles_Lh.sin()], dim=-1)
+
+    q_TNH = backend.rotate_and_store(qkv_TF, cos_sin_LH, pool.cache, layout)
+
+    heads_TXH = qkv_TF.double().view(25, -1, head_size)
+    left, right = heads_TXH.chunk(2, dim=-1)
+    turn = torch.polar(torch.ones_like(angles_Lh), angles_Lh).to(torch.complex128)
+    turned = torch.complex(left, right) * turn[layout.positions_T][:, None]
+    rotated_TXH = torch.cat([turned.real, turned.imag], dim=-1)
+    stored = stored_rows(pool.cache, layout.slots_T)
+    assert_close(q_TNH, rotated_TXH[:, :num_heads])
+    assert_close(stored.k_BKPH, rotated_TXH[:, num_heads:-num_kv_heads])
+    assert torch.equal(stored.v_BKPH.double(), heads_TXH[:, -num_kv_heads:])
+    untouched = pool.cache.k_BKPH.isnan().all(-1).sum()
+    assert untouched == num_kv_heads * (pool.cache.k_BKPH.shape[0] * 16 - 25)
+
+
+def stored_rows(cache: LayerCache, slots_T: Tensor) -> LayerCache:
+    blocks, offsets = slots_T // 16, slots_T % 16
+    return LayerCache(cache.k_BKPH[blocks, :, offsets], cache.v_BKPH[blocks, :, offsets])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 100, 1024])
+def test_add_rms_norm(backend: Backend, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(5, width, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(width, generator=generator).to(dtype)
+
+    def norm(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+    total = x + residual
+    first, stream = backend.add_rms_norm(x, None, weight, 1e-5)
+    assert torch.equal(stream, x)
+    assert_close(first, norm(x.double()))
+    second, stream = backend.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(stream, total)
+    assert_close(second, norm(total.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [4, 50, 512])
+def test_silu_mul(backend: Backend, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(7, 2 * width, generator=generator) * 4).to(dtype)
+    gate_up[0, :2] = torch.tensor([-300.0, 300.0])
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_close(backend.silu_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_operations_keep_nan_in_its_row(backend: Backend, dtype: torch.dtype) -> None:
+    x = torch.ones(3, 64).to(dtype)
+    x[1, 5] = NAN
+    normed, _ = backend.add_rms_norm(x, None, torch.ones(64).to(dtype), 1e-5)
+    assert normed.isnan().all(-1).tolist() == [False, True, False]
+    assert backend.silu_mul(x).isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(24, 16), (700, 512)])  # left as they are, packed
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(
+    backend: Backend, sizes: tuple[int, int], with_bias: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*sizes, generator=generator).to(dtype)
+    bias = torch.randn(sizes[0], generator=generator).to(dtype) if with_bias else None
+    linear = backend.linear(weight, bias)
+    for rows in (0, 1, 9, 64):
+        x = torch.randn(rows, 2 * sizes[1], generator=generator).to(dtype)[:, ::2]
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        got = linear(x)
+        assert got.shape == (rows, sizes[0])
+        if rows:
+            assert_close(got, expected)
+
+
+def test_the_cache_has_the_agreed_shape(backend: Backend) -> None:
+    shape = CacheShape(3, 2, 24, 4, torch.bfloat16)
+    caches = backend.new_cache(shape, 5)
+    assert len(caches) == 3
+    assert all(x.k_BKPH.shape == x.v_BKPH.shape == (5, 2, 4, 24) for x in caches)
+    assert sum(x.k_BKPH.nbytes + x.v_BKPH.nbytes for x in caches) == 5 * shape.block_bytes
+
+
+def test_wrong_blocks_and_slots_are_refused(kernels: CpuBackend) -> None:
+    pool = Pool([20], (2, 1, 8), torch.float32)
+    layout = pool.layout([(0, 0, 20)])
+    layout.block_tables_SM[0, 1] = 1000
+    with pytest.raises(IndexError, match="block ids"):
+        kernels.attend(pool.sequences[0].q_CNH, pool.cache, layout, None)
+    layout.slots_T[3] = -1
+    with pytest.raises(IndexError, match="slots"):
+        kernels.rotate_and_store(torch.zeros(20, 32), torch.zeros(20, 8), pool.cache, layout)
+
+
+def test_shapes_that_contradict_are_refused(kernels: CpuBackend) -> None:
+    pool = Pool([20], (2, 1, 8), torch.float32)
+    layout = pool.layout([(0, 0, 20)])
+    with pytest.raises(RuntimeError, match="contradict"):
+        kernels.attend(pool.sequences[0].q_CNH[:7], pool.cache, layout, None)
+    with pytest.raises(RuntimeError, match="head size"):
+        kernels.attend_dense(*(torch.zeros(1, 2, 1, 12) for _ in range(3)))
+    with pytest.raises(RuntimeError, match="dtype"):
+        kernels.silu_mul(torch.zeros(1, 2, dtype=torch.float16))
