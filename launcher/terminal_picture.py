@@ -1,5 +1,6 @@
 """A picture as coloured half blocks, so that a terminal shows what the model was asked about."""
 
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -17,15 +18,16 @@ def half_blocks(path: Path, columns: int = 40) -> str:
     data = small.tobytes()
     pixels = [tuple(data[i : i + 3]) for i in range(0, len(data), 3)]
     lines = []
-    for row in range(rows):
-        upper = pixels[2 * row * columns : (2 * row + 1) * columns]
-        lower = pixels[(2 * row + 1) * columns : (2 * row + 2) * columns]
-        cells = (_cell(*pair) for pair in zip(upper, lower, strict=True))
-        lines.append("".join(cells) + RESET)
+    for row in range(0, 2 * rows, 2):
+        upper = pixels[row * columns : (row + 1) * columns]
+        lower = pixels[(row + 1) * columns : (row + 2) * columns]
+        colors = [_colors(*pair) for pair in zip(upper, lower, strict=True)]
+        runs = (code + UPPER_HALF * len(list(same)) for code, same in groupby(colors))
+        lines.append("".join(runs) + RESET)
     return "\n".join(lines)
 
 
-def _cell(upper: tuple[int, ...], lower: tuple[int, ...]) -> str:
-    ink = ";".join(map(str, upper))
-    paper = ";".join(map(str, lower))
-    return f"\x1b[38;2;{ink};48;2;{paper}m{UPPER_HALF}"
+def _colors(upper: tuple[int, ...], lower: tuple[int, ...]) -> str:
+    """The escape code for the colours of one character."""
+    ink, paper = (";".join(map(str, pixel)) for pixel in (upper, lower))
+    return f"\x1b[38;2;{ink};48;2;{paper}m"

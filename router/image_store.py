@@ -9,22 +9,28 @@ from tessera.router.request import PreparedImage
 class ImageStore:
     """Features live on the shards while a sequence needs them, and after that as long as they fit.
 
-    The bound counts prompt tokens (one feature each) of pictures nobody needs at the moment; the
-    least recently needed goes first.
+    The bound counts prompt tokens, one feature each. Pictures nobody needs at the moment make room
+    first, the least recently needed before the others.
     """
 
-    def __init__(self, max_idle_tokens: int = 0) -> None:
-        self._max_idle_tokens = max_idle_tokens
+    def __init__(self, max_tokens: int = 0) -> None:
+        self._max_tokens = max_tokens
         self._needed_by: dict[bytes, set[int]] = {}
         self._encoded: dict[bytes, int] = {}  # content hash -> tokens
         self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._encoded_tokens = 0
         self._idle_tokens = 0
         self._released: list[bytes] = []
 
     @property
     def encoded_tokens(self) -> int:
         """Features the shards hold."""
-        return sum(self._encoded.values())
+        return self._encoded_tokens
+
+    def has_room_for(self, image: PreparedImage) -> bool:
+        """Whether its features fit beside those that are needed."""
+        needed = self._encoded_tokens - self._idle_tokens
+        return needed + image.num_tokens <= self._max_tokens
 
     def need(self, sequence_id: int, images: Iterable[PreparedImage]) -> None:
         """Note that a sequence will read these pictures' features."""
@@ -41,6 +47,8 @@ class ImageStore:
     def mark_encoded(self, image: PreparedImage) -> None:
         """Note that the step being planned encodes it."""
         self._encoded[image.content_hash] = image.num_tokens
+        self._encoded_tokens += image.num_tokens
+        self._drop_idle()
 
     def done(self, sequence_id: int, images: Iterable[PreparedImage]) -> None:
         """Note that a sequence needs these no longer."""
@@ -59,11 +67,15 @@ class ImageStore:
         return released
 
     def _let_rest(self, content_hash: bytes) -> None:
-        if content_hash not in self._encoded:
-            return
-        self._idle[content_hash] = None
-        self._idle_tokens += self._encoded[content_hash]
-        while self._idle_tokens > self._max_idle_tokens:
+        if content_hash in self._encoded:
+            self._idle[content_hash] = None
+            self._idle_tokens += self._encoded[content_hash]
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        while self._idle and self._encoded_tokens > self._max_tokens:
             oldest, _ = self._idle.popitem(last=False)
-            self._idle_tokens -= self._encoded.pop(oldest)
+            tokens = self._encoded.pop(oldest)
+            self._idle_tokens -= tokens
+            self._encoded_tokens -= tokens
             self._released.append(oldest)

@@ -19,7 +19,7 @@ The rules, and the setting behind each:
     who is let in first   preempted ones, then by priority, then fairly between keys, then by arrival;
                           one that does not fit now may be overtaken MAX_OVERTAKES times
     image tiles per step  at most MAX_STEP_TILES, but always one whole image
-    features kept         VISION_CACHE_TOKENS tokens of pictures that nobody needs at the moment
+    features kept         VISION_CACHE_TOKENS tokens, and the pictures that are next to be read
 """
 
 from dataclasses import dataclass, field
@@ -233,13 +233,19 @@ class Scheduler:
         return self._decodes_since_admission >= self.limits.max_waiting_tokens
 
     def _plan_images(self, plan: StepPlan, may_admit: bool) -> None:
-        """Encode pictures of running prompts first, then of those that wait, together."""
+        """Encode pictures of running prompts first, then of those that wait, together.
+
+        What is running, and what is next in line, may always go on, one picture at a time if need
+        be; those behind only as far as the features have room.
+        """
         tiles = 0
         candidates = [s for s in self.running if s.is_prefilling]
+        num_urgent = len(candidates) + 1
         if may_admit:
             room = self.limits.max_batch_size - len(self.running)
             candidates += islice(self.waiting, room)
-        for sequence in candidates:
+        for place, sequence in enumerate(candidates):
+            is_next = place < num_urgent
             first = sequence.num_computed or self._num_findable(sequence)
             for placed in sequence.images_between(first, len(sequence.token_ids)):
                 image = placed.image
@@ -247,6 +253,9 @@ class Scheduler:
                     continue
                 if plan.images and tiles + image.num_tiles > self.limits.max_step_tiles:
                     return
+                if not is_next and not self.images.has_room_for(image):
+                    return
+                is_next = False
                 tiles += image.num_tiles
                 plan.images.append(image)
                 self.images.mark_encoded(image)

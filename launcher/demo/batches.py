@@ -35,6 +35,7 @@ SAMPLING_WEIGHT = {  # how eagerly a kind of question is drawn; kinds under acce
     "exists": 1.5, "position": 1.2, "layout": 1.0,
 }  # fmt: skip
 LONG_KINDS = ("caption", "layout", "colors")  # many easy tokens: each counts half
+SCENE_KINDS = {"shapes": 42, "text": 40, "both": 16, "blank": 2}  # reading is learned last
 FOLLOW_UP_SHARE = 0.06  # of [INST] segments that hold a second turn
 
 
@@ -94,7 +95,7 @@ def scene_batch(
 ) -> Batch:
     """Pictures of the domain with a few questions about each."""
     width, height = pictures.random_size(rng, largest=320 if rng.random() < 0.9 else 640)
-    scenes = [pictures.random_scene(rng, width, height) for _ in range(size)]
+    scenes = [pictures.random_scene(rng, width, height, SCENE_KINDS) for _ in range(size)]
     prefixes = list(FORMATS)
     prefix = rng.choices(prefixes, [FORMATS[p][0] for p in prefixes])[0]
     rows: list[tuple[list[int], list[float], int]] = []

@@ -9,7 +9,7 @@ import functools
 import io
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ WORDS = (
     "MUSIC", "SOUTH", "NORTH", "RIGHT", "HOUSE",
 )  # fmt: skip
 ASPECT_RATIOS = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 2.0, 0.5)  # width / height
+SCENE_KINDS = {"shapes": 52, "text": 30, "both": 15, "blank": 3}  # shares, in percent
 TRAIN, HELD_OUT = "train", "held-out"  # prefixes of the two disjoint families of seeds
 
 
@@ -126,9 +127,11 @@ def random_size(rng: random.Random, largest: int = 320) -> tuple[int, int]:
     return (longer, round(longer / ratio)) if ratio >= 1 else (round(longer * ratio), longer)
 
 
-def random_scene(rng: random.Random, width: int, height: int) -> Scene:
+def random_scene(
+    rng: random.Random, width: int, height: int, kinds: Mapping[str, int] = SCENE_KINDS
+) -> Scene:
     """One picture of the domain: 1-4 shapes, or a word, number or code, or both, or nothing."""
-    kind = rng.choices(("shapes", "text", "both", "blank"), (52, 30, 15, 3))[0]
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     background, fill = _random_background(rng)
     lines: list[TextLine] = []
     if kind in ("text", "both"):

@@ -33,7 +33,8 @@ from tessera.launcher.demo.network import Muon, Network, Segments, Sizes, whiten
 from tessera.launcher.demo.tiles import CENTRE, COLOR, HEADS, IGNORE, LEFT, RIGHT, SHAPE
 
 VISION_SHARE = 0.18  # of the training: the vision tower alone
-PAGE_EVERY = 3  # afterwards every third step is a page again
+PAGE_EVERY = 4  # afterwards every fourth step is a page again
+FREEZE_EVERY = 2  # and in every second step the vision tower is only run, not trained: cheaper
 CHATS_EVERY = 8
 PAGES, SCENES, QUESTIONS = 48, 32, 5  # per batch; questions per scene
 HEAD_WEIGHTS = dict(zip(HEADS, (1.0, 0.7, 0.2, 1.0, 1.0, 0.7), strict=True))
@@ -256,7 +257,8 @@ class Trainer:
             torch.from_numpy(batch.labels).long(),
         )
         with torch.autocast("cpu", torch.bfloat16):
-            features = self.network.features(tiles)
+            with torch.set_grad_enabled(not self._vision_frozen(batch)):
+                features = self.network.features(tiles)
             projected = self.network.multi_modal_projector(features)
             patch = self.losses.patch(self.network, features, labels)
             lens = self.losses.lens(self.network, projected, labels)
@@ -283,6 +285,9 @@ class Trainer:
                 kind = "scene" if batch.segments else "page"
                 found = patch_accuracy(self.network, features.detach(), labels)
                 self._note(0.7, **{f"{kind}_{name}": value for name, value in found.items()})
+
+    def _vision_frozen(self, batch: Batch) -> bool:
+        return bool(batch.segments) and self.progress.step % FREEZE_EVERY == 0
 
     def _language(self, batch: Batch, projected: Tensor) -> tuple[Tensor, float]:
         text = self.network.text

@@ -103,8 +103,9 @@ def answer(connection: socket.socket, modes: list[str]) -> None:
         reply = json.dumps({"error": "too long", "error_type": "validation"})
         send(connection, "422 Unprocessable Content", "application/json", reply)
     elif request.startswith("POST /v1/chat/completions"):
-        events = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in ("A ", "cat")]
-        send(connection, "200 OK", "text/event-stream", event_lines(*events, "[DONE]"))
+        deltas = [{"index": 0, "delta": {"content": text}} for text in ("A ", "cat")]
+        lines = event_lines(*({"choices": [delta]} for delta in deltas), "[DONE]")
+        send(connection, "200 OK", "text/event-stream", lines)
     elif request.startswith("POST"):
         events = [
             {"token": {"id": n, "text": text, "logprob": -1.0, "special": text == "</s>"}}

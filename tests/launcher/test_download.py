@@ -138,7 +138,7 @@ def test_a_disk_that_cannot_hold_it_is_told_at_once(
     class Usage:
         free = 4096
 
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _path: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
     message = reason(hub, tmp_path)
     assert "is too full for owner/model: 1 MiB are missing, 4 KiB left" in message
     assert not [line for line in hub.requests if line.startswith("GET /owner")]
@@ -154,11 +154,13 @@ def test_a_disk_that_fills_up_meanwhile(
     assert "is too full for owner/model: nothing left" in reason(hub, tmp_path)
 
 
-def run_process(hub: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_process(
+    hub: Hub, tmp_path: Path, *arguments: str, **environ: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tessera.launcher.download", "--result", str(tmp_path / "result"),
          *arguments],
-        env=plain_environ(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home")),
+        env=plain_environ(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"), **environ),
         capture_output=True,
         text=True,
         timeout=60,
@@ -178,3 +180,14 @@ def test_the_process_ends_with_one_line(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and "has no model owner/modle" in errors[0]
+
+
+def test_offline_means_that_nothing_is_asked(hub: Hub, tmp_path: Path) -> None:
+    done = run_process(hub, tmp_path, "--", "owner/model", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "and HF_HUB_OFFLINE forbids to fetch it." in done.stderr
+    assert not hub.requests
+    assert run_process(hub, tmp_path, "--", "owner/model").returncode == 0
+    hub.requests.clear()
+    assert run_process(hub, tmp_path, "--", "owner/model", HF_HUB_OFFLINE="1").returncode == 0
+    assert not hub.requests

@@ -79,8 +79,7 @@ def test_the_cores_are_shared_and_nobody_spins() -> None:
 
 
 def test_a_wish_for_threads_is_kept() -> None:
-    for told in ({"NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3"}):
-        (spec, _) = plan(**told)
+    for spec, _ in (plan(NUM_THREADS="3"), plan(OMP_NUM_THREADS="3")):
         assert read_settings(ShardSettings, spec.environ).num_threads == 3
         assert spec.environ["OMP_NUM_THREADS"] == "3"
 

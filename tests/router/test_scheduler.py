@@ -179,7 +179,7 @@ def test_same_picture_of_two_requests_is_encoded_once_and_released_after_the_las
 
 
 def test_pictures_of_all_that_may_join_are_encoded_together() -> None:
-    scheduler = make_scheduler(waiting_served_ratio=0, max_step_tokens=12)
+    scheduler = make_scheduler(waiting_served_ratio=0, max_step_tokens=12, vision_cache_tokens=12)
     for n in (1, 2):
         placed = PlacedImage(make_image(n), offset=0)
         scheduler.add(make_sequence(n, prompt_tokens=10, images=(placed,)))
@@ -188,7 +188,7 @@ def test_pictures_of_all_that_may_join_are_encoded_together() -> None:
 
 
 def test_tile_budget_postpones_a_picture_but_not_the_text_before_it() -> None:
-    scheduler = make_scheduler(waiting_served_ratio=0, max_step_tiles=4)
+    scheduler = make_scheduler(waiting_served_ratio=0, max_step_tiles=4, vision_cache_tokens=12)
     for n in (1, 2):
         placed = PlacedImage(make_image(n), offset=3)
         scheduler.add(make_sequence(n, prompt_tokens=10, images=(placed,)))
@@ -201,6 +201,18 @@ def test_tile_budget_postpones_a_picture_but_not_the_text_before_it() -> None:
     plan = scheduler.next_step()
     assert [image.content_hash[0] for image in plan.images] == [2]
     assert [(c.sequence.sequence_id, c.first, c.last) for c in plan.chunks] == [(2, 3, 10)]
+
+
+def test_features_of_those_that_wait_are_bounded_but_never_block() -> None:
+    scheduler = make_scheduler(waiting_served_ratio=0, vision_cache_tokens=6)
+    for n in range(5):
+        placed = PlacedImage(make_image(n), offset=1)
+        scheduler.add(make_sequence(n, prompt_tokens=10, max_new_tokens=1, images=(placed,)))
+    seen = []
+    for plan in run(scheduler, 12):
+        assert scheduler.images.encoded_tokens <= 2 * 6
+        seen += [image.content_hash[0] for image in plan.images]
+    assert seen == [0, 1, 2, 3, 4] and not scheduler.running and not scheduler.waiting
 
 
 def test_picture_larger_than_the_tile_budget_is_still_encoded() -> None:
