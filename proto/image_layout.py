@@ -7,8 +7,8 @@ Words: a *canvas* is the size a picture is fitted into before it is cut into squ
 *overview* is the whole picture squeezed into one tile; a *patch* gives one feature.
 
 A picture that must not become too many tokens is laid out on a smaller canvas, or as its overview
-alone. The tiles down and across then say all: from them and the picture's size both ends make the same
-plan.
+alone. The tiles down and across then say all: from them and the picture's size both ends make the
+same plan.
 """
 
 from collections.abc import Mapping, Sequence
@@ -190,6 +190,16 @@ class CropLayout:
             num_tokens=self.max_tokens,
         )
 
+    def plan_on(self, height: int, width: int, grid: tuple[int, int]) -> ImagePlan:
+        """The same plan: there is no grid.
+
+        Raises:
+            ImageLayoutError: `grid` is not (0, 0).
+        """
+        if grid != (0, 0):
+            raise ImageLayoutError("this model's pictures are one tile each.")
+        return self.plan(height, width)
+
 
 ImageLayout = AnyResLayout | CropLayout
 
@@ -245,9 +255,7 @@ def _checked_pinpoints(pinpoints: Any, tile: int) -> tuple[tuple[int, int], ...]
     return pairs
 
 
-def _best_canvas(
-    height: int, width: int, canvases: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
+def _best_canvas(height: int, width: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The canvas that keeps most of the picture's pixels; among equals, the smallest waste."""
 
     def kept_and_waste(canvas: tuple[int, int]) -> tuple[int, int]:

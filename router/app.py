@@ -19,6 +19,7 @@ from tessera.router.metrics import Metrics
 from tessera.router.middleware import REQUEST_ID, ApiKey, BodyLimit, LastResort, RequestIds
 from tessera.router.model_files import ModelFiles
 from tessera.router.native_api import NativeApi
+from tessera.router.notices import HEADER as WARNINGS
 from tessera.router.openai_api import OpenAIApi
 from tessera.router.replies import InternalError, error_reply
 from tessera.router.server_info import ServerInfo
@@ -83,7 +84,7 @@ def _middleware(settings: RouterSettings) -> list[Middleware]:
             allow_methods=("GET", "POST"),
             allow_headers=("*",),  # clients send headers of their own, like x-stainless-os
             allow_credentials=False,  # any page a user opens may call; it must not borrow cookies
-            expose_headers=(REQUEST_ID, "retry-after"),
+            expose_headers=(REQUEST_ID, "retry-after", WARNINGS),
         ),
     ]
     if settings.api_key:

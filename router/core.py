@@ -4,16 +4,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from itertools import count
 
 from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
-from tessera.router.errors import GenerationError, NotReadyError, RouterError
+from tessera.router.errors import GenerationError, NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
 from tessera.router.metrics import Metrics, StepKind
 from tessera.router.output import Output
+from tessera.router.queue_time import QueueTime
 from tessera.router.request import (
     Completion,
     FinishReason,
@@ -95,8 +96,15 @@ class Core:
         eos_ids: frozenset[int],
         metrics: Metrics,
         lookahead: int = 1,
+        max_queue_time_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`lookahead`: steps sent before the tokens of the one before them are back, 0 or more."""
+        """
+        Args:
+            lookahead: steps sent before the tokens of the one before them are back, 0 or more.
+            max_queue_time_s: how long a request may wait to be let in, above 0; None: any time.
+            clock: what measures that, in seconds.
+        """
         self._shards = shards
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
@@ -107,6 +115,8 @@ class Core:
         self._in_flight: dict[int, _InFlight] = {}
         self._ids = count(1)
         self._wake = asyncio.Event()
+        self._queue_time = QueueTime(max_queue_time_s, clock)
+        self._queue_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._lost: str | None = None
 
@@ -142,6 +152,8 @@ class Core:
             sequence, stream, output, time.perf_counter()
         )
         self._scheduler.add(sequence)
+        self._queue_time.add(sequence.sequence_id)
+        self._set_queue_timer()
         self._report_load(self._scheduler)
         self._wake.set()
         return stream
@@ -179,6 +191,7 @@ class Core:
         while True:
             while len(under_way) <= self._lookahead:
                 plan = scheduler.next_step()
+                self._end_overdue()
                 self._report_load(scheduler)
                 if plan.is_empty:
                     break
@@ -188,6 +201,32 @@ class Core:
             else:
                 self._wake.clear()
                 await self._wake.wait()
+
+    def _end_overdue(self) -> None:
+        """End the requests that have waited too long; those that were let in once go on."""
+        for sequence_id in self._queue_time.take_overdue():
+            flight = self._in_flight.get(sequence_id)
+            if flight is not None and not flight.sequence.was_admitted:
+                limit = self._queue_time.max_queue_time_s
+                flight.stream.push(
+                    OverloadedError(
+                        f"Model is overloaded: the request was not let in within {limit:g} seconds "
+                        "(MAX_QUEUE_TIME). Retry later, or raise MAX_QUEUE_TIME."
+                    )
+                )
+                self.cancel(flight.sequence)
+        self._set_queue_timer()
+
+    def _set_queue_timer(self) -> None:
+        """See to it that overdue requests end also while no step is planned."""
+        delay_s = self._queue_time.until_next_s()
+        if self._queue_timer is None and delay_s is not None:
+            loop = asyncio.get_running_loop()
+            self._queue_timer = loop.call_later(delay_s, self._on_queue_timer)
+
+    def _on_queue_timer(self) -> None:
+        self._queue_timer = None
+        self._end_overdue()
 
     async def _send(self, plan: StepPlan) -> "_SentStep":
         now = time.perf_counter()

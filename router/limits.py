@@ -31,7 +31,12 @@ def scheduler_limits(settings: RouterSettings) -> SchedulerLimits:
 def warmup_request(
     settings: RouterSettings, info: ShardsInfo, files: ModelFiles
 ) -> shard_pb2.WarmupRequest:
-    """The worst step these settings allow, and the most cache they can use."""
+    """The worst step these settings allow, and the most cache they can use.
+
+    Raises:
+        SettingsError: MAX_TOTAL_TOKENS is longer than the model's window.
+    """
+    _check_window(settings.max_total_tokens, files)
     max_total = settings.max_total_tokens or files.max_positions
     if settings.max_batch_total_tokens is not None:
         max_blocks = settings.max_batch_total_tokens // info.block_size
@@ -46,6 +51,14 @@ def warmup_request(
         max_blocks=max_blocks,
         max_feature_tokens=_feature_tokens(settings, files),
     )
+
+
+def _check_window(max_total_tokens: int | None, files: ModelFiles) -> None:
+    if max_total_tokens is not None and max_total_tokens > files.max_positions:
+        raise SettingsError(
+            f"MAX_TOTAL_TOKENS={max_total_tokens} is over the {files.max_positions} positions of "
+            "this model; lower it."
+        )
 
 
 def _feature_tokens(settings: RouterSettings, files: ModelFiles) -> int:
@@ -68,17 +81,10 @@ def serving_limits(
     """What fits, from what was asked for and what the warm-up found.
 
     Raises:
-        SettingsError: MAX_TOTAL_TOKENS is longer than the model's window, or MAX_INPUT_TOKENS does
-            not leave room for one generated token.
+        SettingsError: MAX_INPUT_TOKENS does not leave room for one generated token.
     """
     capacity = num_blocks * info.block_size
-    asked = settings.max_total_tokens
-    if asked is not None and asked > files.max_positions:
-        raise SettingsError(
-            f"MAX_TOTAL_TOKENS={asked} is over the {files.max_positions} positions of this model; "
-            "lower it."
-        )
-    max_total = asked or min(files.max_positions, capacity)
+    max_total = settings.max_total_tokens or min(files.max_positions, capacity)
     max_input = settings.max_input_tokens or max_total - 1
     if max_input >= max_total:
         raise SettingsError(

@@ -48,6 +48,7 @@ def main() -> None:
     try:
         settings = read_settings(RouterSettings, merged_environment(environ, flags, RouterSettings))
         configure_logging(settings.log_level, settings.json_output)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says at start, we say
         status = asyncio.run(_serve(settings))
     except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -66,7 +67,14 @@ async def _serve(settings: RouterSettings) -> int:
     template = ChatTemplate.from_folder(files.folder, config_path)
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
-    core = Core(shards, tokenizer, tokenizer.eos_ids, metrics, settings.lookahead)
+    core = Core(
+        shards,
+        tokenizer,
+        tokenizer.eos_ids,
+        metrics,
+        lookahead=settings.lookahead,
+        max_queue_time_s=settings.max_queue_time,
+    )
     validator = Validator(settings, core, tokenizer, files, template)
     app = create_app(settings, core, validator, files, metrics)
     server = _Server(_server_config(app, settings))

@@ -12,9 +12,11 @@ from starlette.routing import Route
 
 from tessera.router.errors import NotReadyError, RouterError
 from tessera.router.event_stream import EventStream, event, finite, unless_client_leaves
+from tessera.router.fairness import fairness_key
 from tessera.router.generation import Generator
 from tessera.router.json_body import read_body
 from tessera.router.metrics import CONTENT_TYPE, Metrics
+from tessera.router.notices import warnings_field
 from tessera.router.replies import InternalError, Json, error_reply, native_error
 from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.schemas import GenerateBody, GenerateParameters
@@ -113,7 +115,8 @@ class NativeApi:
         arrived = time.perf_counter()
         plan = self.validator.plan_native(body, streaming=streaming)
         ticket.admit(plan.count)
-        requests = await unless_client_leaves(request, self.validator.build(plan, arrived))
+        building = self.validator.build(plan, arrived, fairness_key(request.headers))
+        requests = await unless_client_leaves(request, building)
         return ticket.submit(requests)
 
     async def _generate(
@@ -170,7 +173,7 @@ def _reply(
                 | _details(one, options)
                 for one in others
             ]
-    return reply
+    return reply | warnings_field([best.generation])
 
 
 def _details(one: Collected, options: GenerateParameters) -> dict[str, Any]:
@@ -232,4 +235,5 @@ def _stream_payload(
                 "seed": step.completion.seed,
                 "input_length": generation.stream.prompt_tokens,
             }
+        payload |= warnings_field([generation])
     return payload

@@ -14,8 +14,10 @@ from starlette.routing import Route
 
 from tessera.router.errors import NotFound, RouterError
 from tessera.router.event_stream import DONE, EventStream, event, unless_client_leaves
+from tessera.router.fairness import fairness_key
 from tessera.router.generation import Generator
 from tessera.router.json_body import read_body
+from tessera.router.notices import warnings_field
 from tessera.router.replies import InternalError, Json, openai_error
 from tessera.router.request import Completion, FinishReason, TokenEvent, TokenInfo
 from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
@@ -114,7 +116,8 @@ class OpenAIApi:
         self, request: HttpRequest, ticket: Ticket, plan: Plan, arrived: float
     ) -> list[Generation]:
         ticket.admit(plan.count)
-        requests = await unless_client_leaves(request, self.validator.build(plan, arrived))
+        building = self.validator.build(plan, arrived, fairness_key(request.headers))
+        requests = await unless_client_leaves(request, building)
         return ticket.submit(requests)
 
     def _reply(
@@ -122,6 +125,7 @@ class OpenAIApi:
     ) -> Response:
         generations = [one.generation for one in collected]
         reply["usage"] = _usage(generations, [one.completion for one in collected], copies)
+        reply |= warnings_field(generations)
         headers = compute_headers(self.info, self.generator, generations)
         return Json(reply, headers=headers | timing_headers(collected, time.perf_counter() - began))
 
@@ -242,10 +246,14 @@ async def _stream_events(
         async for index, step in events:
             if step.completion is not None:
                 completions.append(step.completion)
-            if chunks := writer.chunks(index, step):
+            chunks = writer.chunks(index, step)
+            if len(completions) == len(generations) and not writer.wants_usage_chunk:
+                chunks[-1] |= warnings_field(generations)
+            if chunks:
                 yield "".join(map(event, chunks))
         if writer.wants_usage_chunk:
-            yield event(writer.usage_chunk(_usage(generations, completions, writer.copies)))
+            usage = writer.usage_chunk(_usage(generations, completions, writer.copies))
+            yield event(usage | warnings_field(generations))
     except RouterError as error:
         ticket.failed(error)
         yield event(openai_error(error))

@@ -8,13 +8,12 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import TemplateError, ValidationError
-from tessera.router.images import decode_image_source, prepare_image
 from tessera.router.model_files import ModelFiles
+from tessera.router.pictures import Pictures, reductions
 from tessera.router.pieces import PieceKind
 from tessera.router.prompt import ImagePart, TextPart, parse_inputs
 from tessera.router.request import PlacedImage, PreparedImage
@@ -63,6 +62,7 @@ class BuiltPrompt:
     ids: tuple[int, ...]
     images: tuple[PlacedImage, ...]
     text: str = field(repr=False)  # as the client wrote it, or as the template rendered it
+    warnings: tuple[str, ...] = ()  # what the client should be told beside its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,14 @@ class PromptBuilder:
         self._longest_piece = _longest_piece(tokenizer)
         workers = settings.validation_workers
         self._text_pool = ThreadPoolExecutor(workers, "tokenise")
-        self._image_pool = ThreadPoolExecutor(workers, "pictures")
+        layout, max_pixels = files.layout, settings.max_image_pixels
+        self._pictures = Pictures(layout, max_pixels, workers) if layout else None
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._text_pool.shutdown(wait=False, cancel_futures=True)
-        self._image_pool.shutdown(wait=False, cancel_futures=True)
+        if self._pictures:
+            self._pictures.close()
 
     async def build(
         self, source: PromptSource, max_tokens: int, truncate: int | None
@@ -105,7 +107,8 @@ class PromptBuilder:
         """Tokenise a prompt and prepare its pictures.
 
         Args:
-            max_tokens: a text that is certainly longer is refused without tokenising it; the exact
+            max_tokens: what the prompt should fit in. A text that is certainly longer is refused
+                without tokenising it, and pictures are reduced (IMAGE_OVERFLOW=fit); the exact
                 count is the caller's to check.
             truncate: keep so many tokens, the last ones; None: all.
 
@@ -142,18 +145,22 @@ class PromptBuilder:
         if truncate is not None:
             parts = _tail(parts, (truncate + TRUNCATION_SLACK_TOKENS) * self._longest_piece)
         self._check_size(parts, max_tokens)
-        prepared = await self._prepare(parts)
+        tokenizer = self._tokenizer
+        short = await self._in(
+            self._text_pool, lambda: tokenizer.encode_parts(parts, add_special_tokens)
+        )
+        pictures, warnings = await self._prepare(parts, short, max_tokens, truncate)
 
-        def encode() -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
-            ids, images = self._tokenizer.encode_prompt(prepared, add_special_tokens)
+        def place() -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
+            ids, images = tokenizer.place_images(short, pictures)
             if truncate is None:
                 return ids, images
-            return self._tokenizer.truncate_left(ids, images, truncate)
+            return tokenizer.truncate_left(ids, images, truncate)
 
-        ids, images = await self._in(self._text_pool, encode)
+        ids, images = await self._in(self._text_pool, place)
         if not ids:
             raise ValidationError("the prompt has no tokens")
-        return BuiltPrompt(ids, images, text)
+        return BuiltPrompt(ids, images, text, warnings)
 
     def _check_size(self, parts: Sequence[str | ImagePart], max_tokens: int) -> None:
         """What can be refused by counting, before work that grows with it."""
@@ -173,26 +180,45 @@ class PromptBuilder:
                 "Shorten the text, or raise MAX_INPUT_TOKENS."
             )
 
-    async def _prepare(self, parts: Sequence[str | ImagePart]) -> list[str | PreparedImage]:
-        """The parts with their pictures prepared, all at once as far as there are threads."""
-        jobs = {
-            index: self._in(self._image_pool, partial(self._picture, part.source))
-            for index, part in enumerate(parts)
-            if isinstance(part, ImagePart)
-        }
-        try:
-            images = dict(zip(jobs, await asyncio.gather(*jobs.values()), strict=True))
-        finally:
-            for job in jobs.values():
-                job.cancel()  # after a failure the others are not worth beginning
-        return [
-            part if isinstance(part, str) else images[index] for index, part in enumerate(parts)
-        ]
+    async def _prepare(
+        self,
+        parts: Sequence[str | ImagePart],
+        ids: Sequence[int],
+        max_tokens: int,
+        truncate: int | None,
+    ) -> tuple[list[PreparedImage], tuple[str, ...]]:
+        """The pictures among `parts`, and sentences about those that were reduced.
 
-    def _picture(self, source: str) -> PreparedImage:
-        assert self._files.layout is not None  # checked before any job is made
-        data = decode_image_source(source)
-        return prepare_image(data, self._files.layout, self._settings.max_image_pixels)
+        Args:
+            ids: the prompt with one token per picture.
+        """
+        sources = [part.source for part in parts if isinstance(part, ImagePart)]
+        if not sources:
+            return [], ()
+        assert self._pictures is not None and self._files.layout is not None  # by `_check_size`
+        room = None
+        if self._settings.image_overflow == "fit":
+            room = self._room(ids, len(sources), max_tokens, truncate)
+        images = await self._pictures.prepare(sources, room)
+        limit, name = (truncate, "truncate") if truncate else (max_tokens, "MAX_INPUT_TOKENS")
+        return images, reductions(self._files.layout, images, limit, name)
+
+    def _room(
+        self, ids: Sequence[int], num_images: int, max_tokens: int, truncate: int | None
+    ) -> int | None:
+        """Tokens the pictures may become together; None: any number.
+
+        `truncate` can cut off text before the first picture, so only what follows counts then; if
+        that cannot fit, pictures keep their size and the first ones fall out.
+        """
+        if truncate is None:
+            return max_tokens - (len(ids) - num_images)
+        places = (i for i, id_ in enumerate(ids) if id_ == self._files.image_token_id)
+        first = next(places, 0)
+        keeps_head = first > 0 and ids[0] == self._tokenizer.bos_id
+        room = truncate - keeps_head - (len(ids) - first - num_images)
+        assert self._files.layout is not None
+        return room if room >= num_images * self._files.layout.min_tokens else None
 
     async def _checked_ids(self, ids: tuple[int, ...], max_tokens: int) -> BuiltPrompt:
         """Ids from a client: in the vocabulary, and none that would ask for a picture."""

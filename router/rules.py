@@ -26,6 +26,8 @@ MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_STOP_CHARS = 1000
 MAX_TOP_K = 2**31 - 1
+MAX_PRIORITY = 100
+MAX_SALT_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,9 @@ class Wishes:
     copies: int = 1  # best_of or n
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    priority: int = 0  # higher goes first
+    cache_salt: str = ""  # cached prefixes are shared by requests with the same salt only
+    cache_prompt: bool = True  # False: neither take cached prefixes nor leave any
     names: Mapping[str, str] = field(default_factory=dict)
     """What the client calls a field where that is not our name for it."""
 
@@ -77,6 +82,9 @@ def native_wishes(options: GenerateParameters) -> Wishes:
         copies=options.best_of or 1,
         max_new_tokens=options.max_new_tokens,
         stop=tuple(options.stop or ()),
+        priority=options.priority or 0,
+        cache_salt=options.cache_salt or "",
+        cache_prompt=options.cache_prompt is not False,
         names={"copies": "best_of"},
     )
 
@@ -126,6 +134,9 @@ def _openai_wishes(
         copies=body.copies,
         max_new_tokens=max_new_tokens,
         stop=tuple(body.stop_sequences),
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        cache_prompt=body.cache_prompt is not False,
         names={"copies": "n", **names},
     )
 
@@ -151,6 +162,8 @@ def check(wishes: Wishes, settings: RouterSettings, *, top_p_may_be_one: bool) -
         raise ValidationError(f"`{name}` must be strictly positive", name)
     _check_stop(wishes.stop, settings.max_stop_sequences)
     _check_top_n(wishes, settings.max_top_n_tokens)
+    _check_priority(wishes.priority)
+    _check_salt(wishes.cache_salt)
 
 
 def check_native(options: GenerateParameters, wishes: Wishes, *, streaming: bool) -> None:
@@ -321,6 +334,22 @@ def _check_stop(stop: tuple[str, ...], maximum: int) -> None:
     if not all(0 < len(text) <= MAX_STOP_CHARS for text in stop):
         raise ValidationError(
             f"`stop` sequences must have from 1 to {MAX_STOP_CHARS} characters", "stop"
+        )
+
+
+def _check_priority(value: int) -> None:
+    if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise ValidationError(
+            f"`priority` must be >= -{MAX_PRIORITY} and <= {MAX_PRIORITY}. Given: {value}",
+            "priority",
+        )
+
+
+def _check_salt(value: str) -> None:
+    if len(value) > MAX_SALT_CHARS:
+        raise ValidationError(
+            f"`cache_salt` must have at most {MAX_SALT_CHARS} characters. Given: {len(value)}",
+            "cache_salt",
         )
 
 

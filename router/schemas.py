@@ -51,6 +51,9 @@ class GenerateParameters(Body):
     top_n_tokens: Count | None = None
     grammar: dict[str, Any] | None = None
     adapter_id: str | None = None
+    priority: int | None = None  # this and the next two: additions, about the queue and the cache
+    cache_salt: str | None = None
+    cache_prompt: bool | None = None
 
 
 class GenerateBody(Body):
@@ -90,6 +93,9 @@ class OpenAIBody(Body):
     stop: str | Entries[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: int | None = None  # this and the next two: additions, about the queue and the cache
+    cache_salt: str | None = None
+    cache_prompt: bool | None = None
 
     @property
     def stop_sequences(self) -> list[str]:

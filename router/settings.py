@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tessera.proto.env import (
     SettingsError,
     boolean,
+    choice,
     comma_list,
     integer,
     level_name,
@@ -57,16 +58,23 @@ class RouterSettings:
     waiting_served_ratio: float = setting(
         0.3, "waiting requests per running one that let a prefill in before that", number(0)
     )
+    max_queue_time: float | None = setting(
+        None,
+        "seconds a request may wait to be let in before it gets 429; empty: any time",
+        number(0.001),
+    )
     max_step_tiles: int = setting(40, "image tiles encoded in one step", integer(1))
     lookahead: int = setting(
-        1, "steps sent to the shards before the tokens of the one before them are back", integer(0, 4)
+        1,
+        "steps sent to the shards before the tokens of the one before them are back",
+        integer(0, 4),
     )
     prefix_caching: bool = setting(
         True, "keep the KV cache of finished requests for those that begin alike", boolean
     )
     vision_cache_tokens: int = setting(
         16384,
-        "features of pictures nobody asks about at the moment, kept on the shards; in tokens",
+        "picture features kept on the shards, in tokens, for those who ask and for the next who do",
         integer(0),
     )
     max_best_of: int = setting(2, "largest best_of and n of a request", integer(1, 128))
@@ -76,6 +84,12 @@ class RouterSettings:
         4, "prompts in one /v1/completions request", integer(1, 1024)
     )
     max_images: int = setting(16, "pictures in one request", integer(0, 1024))
+    image_overflow: str = setting(
+        "fit",
+        "what happens to pictures that make a prompt too long: `fit` reduces their resolution and "
+        "says so in the reply, `reject` answers 422",
+        choice("fit", "reject"),
+    )
     max_image_pixels: int = setting(
         89_478_485, "pixels of one picture, checked before it is decoded", integer(1)
     )

@@ -51,7 +51,7 @@ class ShardGroup:
     def __init__(self, targets: Seq[str]) -> None:
         self._targets = targets
         self._channels: list[grpc.aio.Channel] = []
-        self._stubs: list["shard_pb2_grpc.ShardAsyncStub"] = []  # a name of the typed stubs only
+        self._stubs: list[shard_pb2_grpc.ShardAsyncStub] = []  # a name of the typed stubs only
         self._streams: list[StepStream] = []
         self._next_step_id = 0
 

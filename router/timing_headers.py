@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tessera.router.generation import Generator
+from tessera.router.notices import warnings_header
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Generation
 from tessera.router.token_streams import Collected
@@ -11,11 +12,12 @@ from tessera.router.token_streams import Collected
 def compute_headers(
     info: ServerInfo, generator: Generator, generations: Sequence[Generation]
 ) -> dict[str, str]:
-    """What is known before the first token: on what it runs, and characters of all prompts."""
+    """What is known before the first token: the device, characters of all prompts, warnings."""
     characters = sum(len(generation.request.prompt_text) for generation in generations)
     return {
         "x-compute-type": info.compute_type(generator),
         "x-compute-characters": str(characters),
+        **warnings_header(generations),
     }
 
 

@@ -116,10 +116,27 @@ class Tokenizer:
             ValidationError: text that is not Unicode, or pictures for a text model.
         """
         images = [part for part in parts if isinstance(part, PreparedImage)]
-        if images and self.image_token_id is None:
+        return self.place_images(self.encode_parts(parts, add_special_tokens), images)
+
+    def encode_parts(self, parts: Sequence[str | object], add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt with a single image token for every part that is no text.
+
+        Raises:
+            ValidationError: text that is not Unicode, or pictures for a text model.
+        """
+        if self.image_token_id is None and not all(isinstance(part, str) for part in parts):
             raise ValidationError("this model takes text only; the request holds pictures")
         text = "".join(part if isinstance(part, str) else self._placeholder for part in parts)
-        ids = self._encode(text, add_special_tokens)
+        return self._encode(text, add_special_tokens)
+
+    def place_images(
+        self, ids: Sequence[int], images: Sequence[PreparedImage]
+    ) -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
+        """The ids with each image token repeated as often as its picture has features.
+
+        Raises:
+            ValidationError: there are more or fewer image tokens than pictures.
+        """
         return self._expand(ids, images) if images else (tuple(ids), ())
 
     def encode_with_spans(self, text: str, add_special_tokens: bool) -> list[tuple[int, int, int]]:

@@ -102,12 +102,13 @@ class Validator:
         prompts = [_completion_prompt(prompt) for prompt in body.prompts]
         return Plan(prompts=prompts, wishes=wishes, include_stop_text=False)
 
-    async def build(self, plan: Plan, arrived: float) -> list[Request]:
+    async def build(self, plan: Plan, arrived: float, fairness_key: str = "") -> list[Request]:
         """The requests of a plan: for each prompt, all its copies.
 
         Args:
             plan: from one of the `plan_*`.
             arrived: `time.perf_counter()` when the client's request came in.
+            fairness_key: whose turn it counts for, see `fairness`.
 
         Raises:
             ValidationError: a prompt cannot be read, or is too long.
@@ -131,6 +132,11 @@ class Validator:
                     ),
                     stopping=stopping,
                     prompt_text=prompt.text,
+                    priority=plan.wishes.priority,
+                    fairness_key=fairness_key,
+                    cache_salt=plan.wishes.cache_salt,
+                    use_prefix_cache=plan.wishes.cache_prompt,
+                    warnings=prompt.warnings,
                     validation_s=validation_s,
                 )
                 for copy in range(plan.wishes.copies)
@@ -157,7 +163,7 @@ class Validator:
 
     def _stopping(self, plan: Plan, prompt: BuiltPrompt, limits: ServingLimits) -> StoppingParams:
         num_tokens = len(prompt.ids)
-        _check_length(plan.wishes, prompt, limits)
+        _check_length(plan.wishes, prompt, limits, self._settings.image_overflow)
         room = limits.max_total_tokens - num_tokens
         asked = plan.wishes.max_new_tokens
         return StoppingParams(
@@ -173,7 +179,9 @@ def _completion_prompt(prompt: str | list[int]) -> PromptSource:
     return TextPrompt(prompt) if isinstance(prompt, str) else IdsPrompt(tuple(prompt))
 
 
-def _check_length(wishes: Wishes, prompt: BuiltPrompt, limits: ServingLimits) -> None:
+def _check_length(
+    wishes: Wishes, prompt: BuiltPrompt, limits: ServingLimits, image_overflow: str
+) -> None:
     num_tokens = len(prompt.ids)
     parts = _token_parts(prompt)
     asked = wishes.max_new_tokens
@@ -188,8 +196,18 @@ def _check_length(wishes: Wishes, prompt: BuiltPrompt, limits: ServingLimits) ->
     if num_tokens > limits.max_input_tokens:
         raise ValidationError(
             f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_tokens}"
-            f"{parts}. Shorten the text, send fewer or smaller pictures, or raise MAX_INPUT_TOKENS."
+            f"{parts}. {_ways_out(prompt, image_overflow)}"
         )
+
+
+def _ways_out(prompt: BuiltPrompt, image_overflow: str) -> str:
+    """What to do about a prompt that is too long."""
+    if not prompt.images:
+        return "Shorten the text, or raise MAX_INPUT_TOKENS."
+    send = "Send fewer or smaller pictures or less text, or start the server with"
+    if image_overflow == "fit":
+        return f"The pictures are reduced as far as possible. {send} a larger MAX_INPUT_TOKENS."
+    return f"{send} a larger MAX_INPUT_TOKENS or IMAGE_OVERFLOW=fit, which reduces pictures."
 
 
 def _token_parts(prompt: BuiltPrompt) -> str:

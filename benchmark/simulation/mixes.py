@@ -107,7 +107,7 @@ def long_prompts(
 
 
 def impatient(rng: Random, arrivals: list[Arrival], *, share: float) -> list[Arrival]:
-    """The same load, but a share of its clients leave: before the first token or amid the answer."""
+    """The same load, but a share of its clients leave, before the first token or later."""
     result = []
     for arrival in arrivals:
         patience_s, leaves_after = None, None

@@ -44,6 +44,9 @@ class Policy(Protocol):
     def take_token(self, sequence: Sequence, token_id: int) -> None:
         """Note the token a step sampled for a sequence that goes on or ends with it."""
 
+    def drop_token(self, sequence: Sequence) -> None:
+        """Note that a token came for a sequence that has ended or whose client has left."""
+
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""
 
@@ -85,6 +88,9 @@ class TesseraPolicy:
     def take_token(self, sequence: Sequence, token_id: int) -> None:
         """Note a token."""
         self.scheduler.append_token(sequence, token_id)
+
+    def drop_token(self, sequence: Sequence) -> None:
+        """The scheduler has forgotten the sequence; nothing to do."""
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""

@@ -1,8 +1,8 @@
 """A model of text-generation-inference's queue policy (its v3 backend), to compare with.
 
-This is the policy re-told from its published behaviour, not that software, and what the simulator says
-of it is not a measurement of that software. Where a detail was in doubt, the reading that favours it
-was taken. Modelled:
+This is the policy re-told from its published behaviour, not that software, and what the simulator
+says of it is not a measurement of that software. Where a detail was in doubt, the reading that
+favours it was taken. Modelled:
 
     queue            strict first in, first out; the first request that does not fit ends the scan
     reservation      blocks for prompt + max_new_tokens, all at once, before the first step
@@ -85,10 +85,12 @@ class TgiPolicy:
         return self._step(joined) if self._batch else None
 
     def take_token(self, sequence: Sequence, token_id: int) -> None:
-        """Note a token; a client that is gone is noticed now."""
+        """Note a token."""
         sequence.token_ids.append(token_id)
-        if sequence.sequence_id in self._gone:
-            self.finish(sequence)
+
+    def drop_token(self, sequence: Sequence) -> None:
+        """A token that nobody takes is how it is noticed that a client is gone."""
+        self.finish(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Free a request's blocks; the prompt's full ones can be found from now on."""

@@ -1,7 +1,7 @@
 """Requests as clients send them: seeded, with the answer each of them will get.
 
-Token ids are random numbers; only which of them are equal matters. Pictures have sizes that cameras,
-screens and web pages give them and become as many tokens as `proto.image_layout` says.
+Token ids are random numbers; only which of them are equal matters. Pictures have sizes that
+cameras, screens and web pages give them and become as many tokens as `proto.image_layout` says.
 """
 
 from array import array

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera.launcher.demo.tiles import HEADS, PATCH, SIDE
+from tessera.launcher.demo.tiles import HEADS, PATCH, RANKS, SIDE
 from tessera.proto.image_layout import ImagePlan
 
 
@@ -299,8 +299,8 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(TextLayer(sizes) for _ in range(sizes.text_layers))
         self.norm = RMSNorm(sizes)
 
-    def forward(self, prefix: Tensor, segments: Sequence[Segments]) -> list[Tensor]:
-        """Last hidden states of the segments, or of the prefix if there are none."""
+    def forward(self, prefix: Tensor, segments: Sequence[Segments]) -> tuple[list[Tensor], Tensor]:
+        """Last hidden states of the segments (of the prefix if none), and the prefix half-way."""
         length = prefix.shape[1]
         groups = [
             _Group(
@@ -311,10 +311,13 @@ class TextModel(nn.Module):
             for s in segments
         ]  # fmt: skip
         rope, bias = Rope(self.sizes, 0, length), causal_bias(length)
+        half_way = prefix
         for i, layer in enumerate(self.layers):
             prefix_needed = not groups or i + 1 < len(self.layers)
             prefix, groups = layer(prefix, groups, rope, bias, prefix_needed)
-        return [self.norm(g.x) for g in groups] if groups else [self.norm(prefix)]
+            if i + 1 == len(self.layers) // 2:
+                half_way = prefix
+        return [self.norm(g.x) for g in groups] if groups else [self.norm(prefix)], half_way
 
 
 class Projector(nn.Module):
@@ -332,7 +335,7 @@ class Projector(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole model, plus a classifier of patches (`patch_head`) that only training uses."""
+    """The whole model, plus two classifiers (`..._head`) that only training uses."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -346,6 +349,7 @@ class Network(nn.Module):
         self.patch_head = nn.Sequential(
             nn.LayerNorm(sizes.vision_hidden), nn.Linear(sizes.vision_hidden, sum(HEADS.values()))
         )
+        self.rank_head = nn.Linear(sizes.text_hidden, RANKS)
 
     @property
     def vision(self) -> VisionModel:
@@ -368,18 +372,32 @@ class Network(nn.Module):
 
     def image_tokens(self, projected: Tensor, plan: ImagePlan) -> Tensor:
         """[pictures, tiles, patches, text_hidden] to the image's tokens in LLaVA-NeXT's order."""
-        pictures, _, _, width = projected.shape
-        (rows, columns), (kept_rows, kept_columns) = plan.grid, plan.kept
-        top, left = plan.cut
-        grid = projected[:, 1:].reshape(pictures, rows, columns, SIDE, SIDE, width)
-        grid = grid.transpose(2, 3).reshape(pictures, rows * SIDE, columns * SIDE, width)
-        grid = grid[:, top : top + kept_rows, left : left + kept_columns]
-        newline = self.image_newline.to(grid.dtype).expand(pictures, grid.shape[1], 1, -1)
-        return torch.cat([projected[:, 0], torch.cat([grid, newline], 2).flatten(1, 2)], 1)
+        return in_token_order(projected, self.image_newline.to(projected.dtype), plan)
+
+    def ranks(self, hidden: Tensor) -> Tensor:
+        """Scores of the places in reading order, from the decoder's states half-way."""
+        normed = functional.rms_norm(hidden.float(), hidden.shape[-1:])
+        scores: Tensor = self.rank_head(normed)
+        return scores.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, fp32."""
         return (hidden @ self.text.embed_tokens.weight.to(hidden.dtype).T).float()
+
+
+def in_token_order(patches_: Tensor, newline: Tensor, plan: ImagePlan) -> Tensor:
+    """[pictures, tiles, patches, width] to [pictures, image tokens, width].
+
+    The overview first, then the kept rows of the grid with `newline` [width] behind each.
+    """
+    pictures, _, _, width = patches_.shape
+    (rows, columns), (kept_rows, kept_columns) = plan.grid, plan.kept
+    top, left = plan.cut
+    grid = patches_[:, 1:].reshape(pictures, rows, columns, SIDE, SIDE, width)
+    grid = grid.transpose(2, 3).reshape(pictures, rows * SIDE, columns * SIDE, width)
+    grid = grid[:, top : top + kept_rows, left : left + kept_columns]
+    ends = newline.expand(pictures, kept_rows, 1, -1)
+    return torch.cat([patches_[:, 0], torch.cat([grid, ends], 2).flatten(1, 2)], 1)
 
 
 def patches(pixels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tessera.launcher.demo.pictures import (
     SHAPE_NAMES,
     Scene,
     character_centres,
+    reading_order,
 )
 from tessera.proto.image_layout import AnyResLayout, ImagePlan
 
@@ -30,6 +31,10 @@ HEADS = {  # name of each per-patch label -> number of classes; class 0 is "none
     "centre": 2,  # the middle of a shape lies in the patch
 }
 SHAPE, COLOR, BACKGROUND, LEFT, RIGHT, CENTRE = range(len(HEADS))
+RANK = len(HEADS)  # one label more, of scenes only: which one in reading order (0: nothing)
+MAX_CHARACTERS, MAX_SHAPES = 5, 4
+RANKS = 1 + MAX_CHARACTERS + MAX_SHAPES  # classes: none, first character..., first shape...
+NUM_LABELS = len(HEADS) + 1
 
 
 def layout(width: int, height: int) -> ImagePlan:
@@ -49,13 +54,13 @@ def cut(image: Image.Image, plan: ImagePlan) -> NDArray[np.uint8]:
 
 
 def labels(scene: Scene, plan: ImagePlan) -> NDArray[np.int16]:
-    """What each patch shows, [tiles, SIDE * SIDE, len(HEADS)]; `IGNORE` outside the picture."""
+    """What each patch shows, [tiles, SIDE * SIDE, NUM_LABELS]; `IGNORE` outside the picture."""
     (height, width), (top, left), (rows, columns) = plan.resized, plan.offset, plan.grid
     overview = _View(SIDE, SIDE, TILE / scene.width, TILE / scene.height, 0, 0)
     grid = _View(rows * SIDE, columns * SIDE, width / scene.width, height / scene.height, left, top)
-    fine = grid.labels(scene).reshape(rows, SIDE, columns, SIDE, len(HEADS))
-    tiles = fine.swapaxes(1, 2).reshape(-1, SIDE * SIDE, len(HEADS))
-    return np.concatenate([overview.labels(scene).reshape(1, SIDE * SIDE, len(HEADS)), tiles])
+    fine = grid.labels(scene).reshape(rows, SIDE, columns, SIDE, NUM_LABELS)
+    tiles = fine.swapaxes(1, 2).reshape(-1, SIDE * SIDE, NUM_LABELS)
+    return np.concatenate([overview.labels(scene).reshape(1, SIDE * SIDE, NUM_LABELS), tiles])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class _View:
     top: int
 
     def labels(self, scene: Scene) -> NDArray[np.int16]:
-        found = np.zeros((self.rows, self.columns, len(HEADS)), np.int16)
+        found = np.zeros((self.rows, self.columns, NUM_LABELS), np.int16)
         x = ((np.arange(self.columns) + 0.5) * PATCH - self.left) / self.scale_x
         y = ((np.arange(self.rows) + 0.5) * PATCH - self.top) / self.scale_y
         found[..., BACKGROUND] = COLOR_NAMES.index(scene.background) + 1
@@ -79,14 +84,18 @@ class _View:
             found[(distance >= 0.7) & (distance < 1.25), SHAPE : COLOR + 1] = IGNORE
             found[distance < 0.7, SHAPE] = SHAPE_NAMES.index(shape.name) + 1
             found[distance < 0.7, COLOR] = COLOR_NAMES.index(shape.color) + 1
-        for shape in scene.shapes:
+        for rank, shape in enumerate(reading_order(scene)):
             row, column, _ = self._patch(shape.x, shape.y)
             found[row, column, SHAPE] = SHAPE_NAMES.index(shape.name) + 1
             found[row, column, COLOR] = COLOR_NAMES.index(shape.color) + 1
             found[row, column, CENTRE] = 1
-        for character, middle_x, middle_y in _characters(scene):
+            if rank < MAX_SHAPES:
+                found[row, column, RANK] = 1 + MAX_CHARACTERS + rank
+        for rank, (character, middle_x, middle_y) in enumerate(_characters(scene)):
             row, column, right = self._patch(middle_x, middle_y)
             found[row, column, RIGHT if right else LEFT] = CHARACTERS.index(character) + 1
+            if found[row, column, RANK] == 0 and rank < MAX_CHARACTERS:
+                found[row, column, RANK] = 1 + rank
         outside = ((x < 0) | (x >= scene.width))[None, :] | ((y < 0) | (y >= scene.height))[:, None]
         empty = (
             outside & (found[..., CENTRE] == 0) & (found[..., LEFT] == 0) & (found[..., RIGHT] == 0)

@@ -1,6 +1,6 @@
 """Builds the CPU kernels: `python -m tessera.shard.backends.build`.
 
-Needs a C++20 compiler and the headers in the torch package, nothing else. This file imports
+Needs GCC (10 or newer) and the headers in the torch package, nothing else. This file imports
 neither torch nor tessera: setup.py runs it before there is an installed package.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 MAX_JOBS = 2
 
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi")

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tessera.shard.backends.base import LayerCache, Linear, StepLayout
+from tessera.shard.backends.base import CacheShape, LayerCache, Linear, StepLayout
 from tessera.shard.backends.build import library_path
+from tessera.shard.backends.huge_pages import empty_on_huge_pages
 from tessera.shard.backends.packed_linear import PackedLinear, packing_works
 from tessera.shard.backends.reference import ReferenceBackend
 
@@ -73,6 +74,16 @@ class CpuBackend(ReferenceBackend):
         self._rotate_and_store = kernels.rotate_and_store.default
         self._attend = kernels.attend.default
         self._attend_dense = kernels.attend_dense.default
+
+    def new_cache(self, shape: CacheShape, num_blocks: int) -> list[LayerCache]:
+        """See `Backend.new_cache`."""
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size)
+        return [
+            LayerCache(
+                empty_on_huge_pages(size, shape.dtype), empty_on_huge_pages(size, shape.dtype)
+            )
+            for _ in range(shape.num_layers)
+        ]
 
     @cached_property
     def _packable(self) -> dict[torch.dtype, bool]:

@@ -4,18 +4,21 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 from openai import OpenAI
+from openai.types import CompletionUsage
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.end_to_end.stack import Stack, running, start
 
@@ -75,6 +78,58 @@ def test_32_concurrent_answers_equal_the_answers_alone(stack: Stack) -> None:
     assert len(set(expected)) > 16  # the questions do get different answers
     assert asyncio.run(together()) == expected
     stack.wait_metric(USED_TOKENS, before)
+
+
+def test_answers_equal_transformers(stack: Stack, checkpoint: Callable[[str], Path]) -> None:
+    """From PNG bytes to text: every part of the way is the reference's, not only the model."""
+    folder = checkpoint("next-mistral")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for index in range(len(SIZES)):
+        text = f"[INST] <image>\nquestion {index}? [/INST]"
+        image = Image.open(io.BytesIO(picture(index)))
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        details = stack.post(
+            "/generate",
+            {
+                "inputs": text.replace(
+                    "<image>", f"<image>{base64.b64encode(picture(index)).decode()}</image>"
+                ),
+                "parameters": {"max_new_tokens": 24, "details": True},
+            },
+        ).json()["details"]
+        assert [token["id"] for token in details["tokens"]] == new.tolist()
+
+
+def test_a_second_turn_about_a_picture_computes_only_what_is_new(stack: Stack) -> None:
+    client = OpenAI(base_url=f"{stack.url}/v1", api_key="-")
+    data = base64.b64encode(picture(19)).decode()  # of no other test
+    picture_part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    messages: list[Any] = [
+        {"role": "user", "content": [picture_part, {"type": "text", "text": "What is it?"}]}
+    ]
+
+    def turn() -> tuple[str, CompletionUsage]:
+        reply = client.chat.completions.create(
+            model="default", messages=messages, max_tokens=20, temperature=0
+        )
+        assert reply.usage is not None and reply.choices[0].message.content
+        return reply.choices[0].message.content, reply.usage
+
+    answer, first = turn()
+    messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": [{"type": "text", "text": "Sure?"}]})
+    reply, second = turn()
+    assert first.prompt_tokens_details is not None and second.prompt_tokens_details is not None
+    assert first.prompt_tokens_details.cached_tokens == 0
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached is not None and cached >= (first.prompt_tokens - 16) // 16 * 16
+    again, third = turn()
+    assert third.prompt_tokens_details is not None
+    assert third.prompt_tokens_details.cached_tokens == (second.prompt_tokens - 1) // 16 * 16
+    assert again == reply
 
 
 def test_streamed_texts_concatenate_to_the_whole(stack: Stack) -> None:
@@ -219,7 +274,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(
         assert events[-1]["details"]["finish_reason"] in ("length", "eos_token")
         assert stack.process.wait(30) == 0
     assert not any(child.is_running() for child in children)
-    assert [entry for entry in os.listdir(tmp_path) if "tessera" in entry] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_shard_ends_the_server_with_a_reason(checkpoint: Callable[[str], Path]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tessera.proto.image_layout import (
@@ -199,3 +201,48 @@ def test_defaults_of_absent_keys() -> None:
 def test_unusable_configurations_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ImageLayoutError, match=message):
         layout_from_config({"model_type": "llava_next", **changes})
+
+
+SIDES = st.integers(1, 5000)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(SIDES, SIDES, st.integers(-10, 3000), st.sampled_from([V16, CUSTOM]))
+def test_a_limited_plan_fits_and_is_the_best_that_does(
+    height: int, width: int, max_tokens: int, layout: AnyResLayout
+) -> None:
+    plan, whole = layout.plan(height, width, max_tokens), layout.plan(height, width)
+    assert plan.num_tokens <= max(max_tokens, layout.min_tokens)
+    if whole.num_tokens <= max_tokens:
+        assert plan == whole
+    fitting = tuple(
+        canvas
+        for canvas in layout.pinpoints
+        if AnyResLayout(layout.tile, layout.patch, (canvas,), layout.strategy)
+        .plan(height, width)
+        .num_tokens
+        <= max_tokens
+    )
+    if fitting:  # as if the model had only these canvases
+        only = AnyResLayout(layout.tile, layout.patch, fitting, layout.strategy)
+        assert plan == only.plan(height, width)
+    else:
+        assert (plan.grid, plan.num_tiles, plan.num_tokens) == ((0, 0), 1, layout.min_tokens)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SIDES, SIDES, st.none() | st.integers(0, 3000), st.sampled_from([V16, CUSTOM]))
+def test_both_ends_make_the_same_plan_from_size_and_grid(
+    height: int, width: int, max_tokens: int | None, layout: AnyResLayout
+) -> None:
+    plan = layout.plan(height, width, max_tokens)
+    assert layout.plan_on(height, width, plan.grid) == plan
+
+
+def test_a_grid_no_canvas_has_is_refused() -> None:
+    with pytest.raises(ImageLayoutError, match="3 x 3 tiles"):
+        V16.plan_on(100, 100, (3, 3))
+    crop = CropLayout(336, 14)
+    assert crop.plan_on(100, 200, (0, 0)) == crop.plan(100, 200) == crop.plan(100, 200, 5)
+    with pytest.raises(ImageLayoutError, match="one tile"):
+        crop.plan_on(100, 100, (1, 1))

@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
 from tessera.router.core import Core, RequestStream
-from tessera.router.errors import GenerationError, NotReadyError
+from tessera.router.errors import GenerationError, NotReadyError, OverloadedError
 from tessera.router.generation import ServingLimits
 from tessera.router.metrics import Metrics
 from tessera.router.request import FinishReason, Request, SamplingParams, StoppingParams, TokenEvent
@@ -87,9 +87,16 @@ def with_core(
     shards: ScriptedShards,
     use: Callable[[Core], Awaitable[T]],
     num_blocks: int = NUM_BLOCKS,
+    **options: Any,
 ) -> T:
     async def go() -> T:
-        core = Core(shards, tokenizer, frozenset({EOS}), Metrics())  # type: ignore[arg-type]
+        core = Core(
+            shards,  # type: ignore[arg-type]
+            tokenizer,
+            frozenset({EOS}),
+            Metrics(),
+            **options,
+        )
         assert not core.ready
         with pytest.raises(NotReadyError):
             core.submit(request())
@@ -239,3 +246,109 @@ def test_prompt_logprobs_are_whole_across_chunks(tokenizer: Tokenizer) -> None:
     assert logprobs[0] != logprobs[0]  # nan
     assert logprobs[1:] == [-float(p) for p in range(1, 70)]
     assert [token.id for token in stream.prompt_logprobs] == list(range(PROMPT, PROMPT + 70))
+
+
+class Clock:
+    """Time that stands still unless told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def overdue(stream: RequestStream) -> OverloadedError:
+    with pytest.raises(OverloadedError) as refused:
+        await asyncio.wait_for(read(stream), 10)
+    return refused.value
+
+
+def test_a_request_that_waits_too_long_is_told_to_come_again(tokenizer: Tokenizer) -> None:
+    clock, shards = Clock(), ScriptedShards()
+
+    async def use(core: Core) -> tuple[OverloadedError, int]:
+        shards.gate = asyncio.Event()
+        running = [core.submit(request(new=20)) for _ in range(8)]  # the batch is full
+        late = core.submit(request())
+        clock.now_s += 2.0
+        later = core.submit(request(new=2))
+        clock.now_s += 0.5  # 2.5 seconds after the first nine, 0.5 after the last
+        shards.gate.set()
+        error = await overdue(late)
+        for stream in running:
+            assert len(await read(stream)) == 20  # those that were let in go on
+        assert len(await read(later)) == 2
+        late.close()  # harmless
+        return error, core.limits.max_batch_size
+
+    error, _ = with_core(tokenizer, shards, use, max_queue_time_s=2.5, clock=clock)
+    assert error.status == 429
+    assert "not let in within 2.5 seconds (MAX_QUEUE_TIME)" in str(error)
+    assert 9 not in {s.sequence_id for plan in shards.plans for s in plan.sequences}
+
+
+def test_nobody_is_overdue_a_moment_before_the_time_is_up(tokenizer: Tokenizer) -> None:
+    clock, shards = Clock(), ScriptedShards()
+
+    async def use(core: Core) -> None:
+        shards.gate = asyncio.Event()
+        streams = [core.submit(request(new=3)) for _ in range(10)]
+        clock.now_s += 2.4
+        shards.gate.set()
+        for stream in streams:
+            assert len(await read(stream)) == 3
+
+    with_core(tokenizer, shards, use, max_queue_time_s=2.5, clock=clock)
+
+
+def test_the_queue_is_watched_while_no_step_ends(tokenizer: Tokenizer) -> None:
+    clock, shards = Clock(), ScriptedShards()
+
+    async def use(core: Core) -> None:
+        shards.gate = asyncio.Event()  # stays shut: the shards are busy with the first steps
+        running = [core.submit(request(new=20)) for _ in range(8)]
+        while len(shards.plans) < 2:
+            await asyncio.sleep(0)
+        waiting = [core.submit(request()) for _ in range(3)]
+        clock.now_s += 1.0
+        for stream in waiting:
+            await overdue(stream)
+        shards.gate.set()
+        for stream in running:
+            assert len(await read(stream)) == 20
+
+    with_core(tokenizer, shards, use, max_queue_time_s=0.02, clock=clock)
+
+
+def test_a_preempted_request_is_never_overdue(tokenizer: Tokenizer) -> None:
+    clock, shards = Clock(), ScriptedShards()
+
+    async def use(core: Core) -> int:
+        streams = [core.submit(request(prompt=12, new=30)) for _ in range(3)]
+        reading = [asyncio.create_task(read(stream)) for stream in streams]
+        while not all(task.done() for task in reading):
+            await asyncio.sleep(0)
+            if len(shards.plans) > 3:  # all have begun; from here on every wait is too long
+                clock.now_s += 10.0
+        assert [len(task.result()) for task in reading] == [30, 30, 30]
+        scheduler = core._scheduler
+        assert scheduler is not None
+        return scheduler.num_preemptions
+
+    preempted = with_core(tokenizer, shards, use, num_blocks=16, max_queue_time_s=1.0, clock=clock)
+    assert preempted > 0
+
+
+def test_without_a_limit_a_request_waits_for_ever(tokenizer: Tokenizer) -> None:
+    clock, shards = Clock(), ScriptedShards()
+
+    async def use(core: Core) -> None:
+        shards.gate = asyncio.Event()
+        streams = [core.submit(request(new=3)) for _ in range(10)]
+        clock.now_s += 1e9
+        shards.gate.set()
+        for stream in streams:
+            assert len(await read(stream)) == 3
+
+    with_core(tokenizer, shards, use, clock=clock)

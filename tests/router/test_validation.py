@@ -314,7 +314,7 @@ def test_hopelessly_long_text_is_not_tokenised(make_validator: MakeValidator) ->
 def test_too_many_image_tokens_are_told_apart(make_validator: MakeValidator) -> None:
     text = f"<image>{picture(600, 500)}</image>" * 8 + "What?"
     with pytest.raises(ValidationError) as refused:
-        build(make_validator("next-mistral"), native(text))
+        build(make_validator("next-mistral", image_overflow="reject"), native(text))
     assert "text tokens and" in str(refused.value)
     assert "image tokens" in str(refused.value)
     assert "fewer or smaller pictures" in str(refused.value)
@@ -437,7 +437,7 @@ def test_text_does_not_wait_for_pictures(
         release.wait(5)
         raise ValidationError("too late")
 
-    monkeypatch.setattr("tessera.router.prompt_builder.prepare_image", slow)
+    monkeypatch.setattr("tessera.router.pictures.prepare_image", slow)
     validator = make_validator("next-mistral", validation_workers=1)
 
     async def text_while_pictures_are_prepared() -> Request:

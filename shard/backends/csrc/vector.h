@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the instruction set allows, in the compilers' vector extension.
+// Vectors of floats as wide as the instruction set allows, in GCC's vector extension.
 // Everything here is local to the including file: it is compiled once per instruction set.
 #pragma once
 
@@ -121,13 +121,7 @@ inline void for_each_span(int64_t n, Body body) {
 }
 
 inline Floats shuffle(Floats a, Floats b, Ints lanes) {  // lanes of b are counted from LANES on
-#if defined(__clang__)
-  Floats out;
-  for (int i = 0; i < LANES; i++) out[i] = lanes[i] < LANES ? a[lanes[i]] : b[lanes[i] - LANES];
-  return out;
-#else
   return __builtin_shuffle(a, b, lanes);
-#endif
 }
 
 inline Ints lane_numbers() {

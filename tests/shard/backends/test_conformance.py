@@ -212,6 +212,15 @@ def test_many_sequences(backend: Backend) -> None:
         assert_close(got, pool.expected(*part))
 
 
+def test_steps_without_tokens(backend: Backend) -> None:
+    pool = Pool([20, 5], (2, 1, 8), torch.float32)
+    first, nothing, second = pool.step(backend, [(0, 0, 20), (1, 0, 0), (1, 0, 5)])
+    assert nothing.shape == (0, 2, 8)
+    assert_close(first, pool.expected(0, 0, 20))
+    assert_close(second, pool.expected(1, 0, 5))
+    assert pool.step(backend, [(0, 20, 20)])[0].shape == (0, 2, 8)
+
+
 def test_large_scores_do_not_overflow(backend: Backend) -> None:
     pool = Pool([100], (2, 1, 16), torch.float32)
     pool.sequences[0].q_CNH *= 1000
@@ -342,7 +351,8 @@ def test_linear(
     backend: Backend, sizes: tuple[int, int], with_bias: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(*sizes, generator=generator).to(dtype)
+    whole = torch.randn(sizes[0], 2 * sizes[1], generator=generator).to(dtype)
+    weight = whole[:, sizes[1] :]  # what a rank of two keeps: rows that are not contiguous
     bias = torch.randn(sizes[0], generator=generator).to(dtype) if with_bias else None
     linear = backend.linear(weight, bias)
     for rows in (0, 1, 9, 64):
@@ -356,10 +366,13 @@ def test_linear(
 
 def test_the_cache_has_the_agreed_shape(backend: Backend) -> None:
     shape = CacheShape(3, 2, 24, 4, torch.bfloat16)
-    caches = backend.new_cache(shape, 5)
-    assert len(caches) == 3
-    assert all(x.k_BKPH.shape == x.v_BKPH.shape == (5, 2, 4, 24) for x in caches)
-    assert sum(x.k_BKPH.nbytes + x.v_BKPH.nbytes for x in caches) == 5 * shape.block_bytes
+    for num_blocks in (0, 5, 9000):
+        caches = backend.new_cache(shape, num_blocks)
+        assert len(caches) == 3
+        pools = [pool for cache in caches for pool in (cache.k_BKPH, cache.v_BKPH)]
+        assert all(pool.shape == (num_blocks, 2, 4, 24) for pool in pools)
+        assert all(pool.dtype == shape.dtype and pool.is_contiguous() for pool in pools)
+        assert sum(pool.nbytes for pool in pools) == num_blocks * shape.block_bytes
 
 
 def test_wrong_blocks_and_slots_are_refused(kernels: CpuBackend) -> None:

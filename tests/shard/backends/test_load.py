@@ -1,5 +1,10 @@
 """Which backend a device name gives."""
 
+import operator
+import re
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -46,3 +51,11 @@ def test_unknown_backends_are_refused(backend: str) -> None:
 def test_the_reference_can_be_asked_for() -> None:
     assert load_backend("cpu", "reference").name == "reference"
     assert load_backend("cpu", "cpu").name in (cpu.CpuBackend.name, "reference")
+
+
+@pytest.mark.parametrize("file", [cuda, xpu])
+def test_what_the_gpu_files_call_exists_in_this_torch(file: ModuleType) -> None:
+    names = set(re.findall(r"torch\.((?:cuda|xpu)\.\w+)", Path(file.__file__ or "").read_text()))
+    assert len(names) > 5
+    for name in names:
+        assert callable(operator.attrgetter(name)(torch))

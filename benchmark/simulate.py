@@ -1,0 +1,108 @@
+"""Compares scheduling policies without a device: replays request traces on a virtual clock.
+
+    python -m benchmark.simulate                        every scenario, both policies
+    python -m benchmark.simulate --scenario chat bursts --policy tessera --set lookahead=0
+    python -m benchmark.simulate --out benchmark/results/simulation.json --readme
+
+The scheduler is the router's own, the device is a cost model (`simulation/device.py`), and the peer
+is a model of text-generation-inference's queue policy (`simulation/tgi.py`), not that software.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmark.simulation.scenarios import POLICIES, SCENARIOS, Scenario, changed, simulate
+from benchmark.simulation.table import README, console_table, with_ratios
+
+Report = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit status."""
+    asked = _parser().parse_args(arguments)
+    policies = POLICIES if asked.policy == "both" else (asked.policy,)
+    names = asked.scenario or list(SCENARIOS)
+    changes = dict(asked.set or [])
+    report: Report = {"about": _about(asked), "scenarios": {}}
+    for name in names:
+        scenario = SCENARIOS[name]
+        started = time.perf_counter()
+        result = _run(scenario, policies, changes, asked.seed, asked.scale)
+        report["scenarios"][name] = result
+        print(console_table(name, result))
+        print(f"({time.perf_counter() - started:.1f} s)\n")
+    if asked.out:
+        asked.out.write_text(json.dumps(report, indent=1) + "\n")
+    if asked.readme:
+        README.write_text(with_ratios(README.read_text(), report))
+    return 0
+
+
+def _run(
+    scenario: Scenario,
+    policies: tuple[str, ...],
+    changes: dict[str, float],
+    seed: int,
+    scale: float,
+) -> Report:
+    trace = scenario.make_trace(seed, scale)
+    options = changed(scenario.options, changes)
+    results = {policy: simulate(policy, scenario, trace, options) for policy in policies}
+    return {"about": scenario.about, "device": scenario.device.name, "policies": results}
+
+
+def _about(asked: argparse.Namespace) -> Report:
+    command = ["python", "-m", "benchmark.simulate", *sys.argv[1:]]
+    return {
+        "note": "a simulation; `tgi` is a model of its queue policy, not a measurement of it",
+        "command": shlex.join(command),
+        "seed": asked.seed,
+        "scale": asked.scale,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def _assignment(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name.lower(), float(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--policy", choices=(*POLICIES, "both"), default="both")
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, metavar="NAME")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="of each scenario's duration")
+    parser.add_argument(
+        "--set", action="append", type=_assignment, metavar="SETTING=VALUE", help="e.g. lookahead=0"
+    )
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--readme", action="store_true", help="write the table of ratios")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

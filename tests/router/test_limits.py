@@ -1,0 +1,71 @@
+"""What the server takes, from settings, model and warm-up."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tessera.proto.env import SettingsError
+from tessera.router.limits import batch_size, serving_limits, warmup_request
+from tessera.router.model_files import ModelFiles
+from tessera.router.settings import RouterSettings
+from tessera.router.shards import ShardsInfo
+
+INFO = ShardsInfo("llama", "float32", "cpu", "cpu", 16, 640, 2)
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint: Callable[[str], Path]) -> ModelFiles:
+    return ModelFiles.read(checkpoint("next-mistral"))
+
+
+def test_without_settings_the_model_and_the_cache_decide(files: ModelFiles) -> None:
+    limits = serving_limits(RouterSettings(), INFO, files, num_blocks=10)
+    assert (limits.max_input_tokens, limits.max_total_tokens) == (159, 160)
+    limits = serving_limits(RouterSettings(), INFO, files, num_blocks=10_000)
+    assert limits.max_total_tokens == files.max_positions
+    assert limits.max_batch_total_tokens == 160_000
+    assert limits.num_shard == 2
+
+
+def test_settings_are_kept(files: ModelFiles) -> None:
+    settings = RouterSettings(max_input_tokens=20, max_total_tokens=30, max_batch_size=4)
+    limits = serving_limits(settings, INFO, files, num_blocks=100)
+    assert (limits.max_input_tokens, limits.max_total_tokens) == (20, 30)
+    assert limits.max_batch_size == 4
+
+
+def test_a_window_longer_than_the_models_is_refused_before_the_warm_up(files: ModelFiles) -> None:
+    settings = RouterSettings(max_total_tokens=files.max_positions + 1)
+    with pytest.raises(SettingsError, match=f"over the {files.max_positions} positions"):
+        warmup_request(settings, INFO, files)
+
+
+def test_an_input_that_leaves_no_room_is_refused(files: ModelFiles) -> None:
+    with pytest.raises(SettingsError, match="MAX_INPUT_TOKENS=160 must be below"):
+        serving_limits(RouterSettings(max_input_tokens=160), INFO, files, num_blocks=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (RouterSettings(), 128),
+        (RouterSettings(max_concurrent_requests=7), 7),
+        (RouterSettings(max_batch_size=3), 3),
+        (RouterSettings(max_batch_prefill_tokens=5), 5),
+    ],
+)
+def test_batch_size(settings: RouterSettings, expected: int) -> None:
+    assert batch_size(settings) == expected
+
+
+def test_the_cache_is_never_larger_than_can_be_used(files: ModelFiles) -> None:
+    settings = RouterSettings(max_batch_size=2, max_total_tokens=100)
+    assert warmup_request(settings, INFO, files).max_blocks == 2 * 7
+    settings = RouterSettings(max_batch_total_tokens=100, max_total_tokens=50)
+    assert warmup_request(settings, INFO, files).max_blocks == 6
+
+
+def test_a_text_model_is_asked_for_no_pictures(checkpoint: Callable[[str], Path]) -> None:
+    request = warmup_request(RouterSettings(), INFO, ModelFiles.read(checkpoint("llama")))
+    assert (request.max_step_tiles, request.max_feature_tokens) == (0, 0)
