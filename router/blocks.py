@@ -1,8 +1,8 @@
 """The pool of KV-cache blocks. The shards own the memory; the router owns the map.
 
-A full block can be found by its content (`block_keys`), whoever computed it: running sequences share
-it at once, and it stays findable after they end, until its memory is needed. Blocks that nobody holds
-are reused in the order in which they were let go, those without content first.
+A full block can be found by its content (`block_keys`), whoever computed it: running sequences
+share it at once, and it stays findable after they end, until its memory is needed. Blocks that
+nobody holds are reused in the order in which they were let go, those without content first.
 """
 
 from collections import OrderedDict

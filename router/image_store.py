@@ -1,4 +1,4 @@
-"""Which pictures' features the shards hold, for whom, and which of them stay for the next request."""
+"""Which pictures' features the shards hold, for whom, and which stay for the next request."""
 
 from collections import OrderedDict
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Entry point of the router process: serve HTTP at once, answer requests once the shards are warm."""
+"""Entry point of the router process: serve HTTP at once, answer once the shards are warm."""
 
 import asyncio
 import contextlib

@@ -124,6 +124,6 @@ class TokenEvent:
     """One step forward of one request."""
 
     token: TokenInfo
-    text: str  # newly readable text, specials skipped; the events' texts concatenate to the full text
+    text: str  # newly readable, specials skipped; the events' texts concatenate to the full text
     top_tokens: tuple[TokenInfo, ...] = ()
     completion: Completion | None = None  # on the last event only

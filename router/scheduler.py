@@ -6,8 +6,8 @@ as a sequence grows; when the pool is dry the youngest sequence is preempted and
 later, which its client does not notice. Full blocks are found again by their content.
 
 A step may be planned before the tokens of the step before it are back ("lookahead"): a decode then
-stands for the token that is still on its way. A sequence that turns out to have ended is released in
-a later step and what was computed for it is dropped.
+stands for the token that is still on its way. A sequence that turns out to have ended is released
+in a later step and what was computed for it is dropped.
 
 The rules, and the setting behind each:
 
@@ -16,8 +16,8 @@ The rules, and the setting behind each:
     when to let one in    at once while nothing runs or enough wait (WAITING_SERVED_RATIO),
                           else after MAX_WAITING_TOKENS decode steps; then also a share of the
                           token budget is kept from prompts that are already running
-    who is let in first   preempted ones, then by priority, then fairly between keys, then by arrival;
-                          one that does not fit now may be overtaken MAX_OVERTAKES times
+    who is let in first   preempted ones, then by priority, then fairly between keys, then by
+                          arrival; one that does not fit may be overtaken MAX_OVERTAKES times
     image tiles per step  at most MAX_STEP_TILES, but always one whole image
     features kept         VISION_CACHE_TOKENS tokens, and the pictures that are next to be read
 """
@@ -36,7 +36,7 @@ MAX_OVERTAKES = 16
 """Later requests that may be let in before one that does not fit; bounds how long it can wait."""
 
 PATIENCE_SHARE = 2
-"""When a waiting sequence's patience is over, running prompts leave 1 / this of the budget to it."""
+"""When the patience of one that waits is over, running prompts leave it 1 / this of the budget."""
 
 
 @dataclass(frozen=True, slots=True)

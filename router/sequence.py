@@ -10,8 +10,8 @@ class Sequence:
     """One generation, from admission to its last token.
 
     `token_ids` holds prompt and generated tokens as far as they are known; `num_pending` more have
-    been planned and are not back yet. The cache holds the first `num_computed` of them all, once the
-    steps under way are done. A preempted sequence starts again from 0 and computes prompt and
+    been planned and are not back yet. The cache holds the first `num_computed` of them all, once
+    the steps under way are done. A preempted sequence starts again from 0 and computes prompt and
     generated tokens alike.
     """
 
@@ -48,7 +48,7 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether it goes on by chunks: its prompt, or what is computed again, is not in the cache."""
+        """Whether it goes on by chunks: its prompt, or what is computed again, is not cached."""
         in_prompt = self.num_computed < self.num_prompt_tokens
         return in_prompt or self.num_uncomputed > 1 or not self.sent_to_shards
 

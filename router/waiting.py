@@ -12,7 +12,7 @@ from tessera.router.sequence import Sequence
 
 
 class WaitingQueue:
-    """Sequences that wait for their first step, and preempted ones, which come before all others."""
+    """Sequences that wait for their first step, and preempted ones, which come before them."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[tuple[float, float, int], Sequence]] = []

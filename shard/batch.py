@@ -77,7 +77,7 @@ class BatchBuilder:
         """The tensors of `step`, or None when it computes nothing.
 
         Raises:
-            DivergenceError: the step speaks of a sequence or position that this shard does not have.
+            DivergenceError: the step speaks of a sequence or position this shard does not have.
         """
         rows = _Rows()
         for row in step.decodes:

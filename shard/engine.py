@@ -1,4 +1,4 @@
-"""Runs steps on one rank: images, forward pass, sampling. One thread calls it, one step at a time."""
+"""Runs steps on one rank: images, forward pass, sampling. One thread, one step at a time."""
 
 import logging
 import time

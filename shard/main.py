@@ -1,4 +1,4 @@
-"""Entry point of a shard process: load one rank of the model, then serve steps until told to stop."""
+"""Entry point of a shard process: load one rank of the model, then serve steps."""
 
 import asyncio
 import logging

@@ -1,8 +1,9 @@
 """Keeps what goes wrong in a step with the one it belongs to.
 
-Work that runs out of memory is cut in halves and tried again; work that fails otherwise is tried piece
-by piece, so that only the piece at fault is lost. Only a single rank may try again: ranks that disagree
-about what to repeat would wait for each other for ever, so a group lets the error pass, which ends it.
+Work that runs out of memory is cut in halves and tried again; work that fails otherwise is tried
+piece by piece, so that only the piece at fault is lost. Only a single rank may try again: ranks
+that disagree about what to repeat would wait for each other for ever, so a group lets the error
+pass, which ends it.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The shard's gRPC face: decode the message, run the step on the device thread, encode the answer."""
+"""The shard's gRPC face: steps come in on a stream and run on the one device thread."""
 
 import asyncio
 import logging

@@ -21,8 +21,8 @@ WORKSPACE_SHARE = 0.05
 """Part of the free memory left alone for what no trial shows: fragmentation, libraries."""
 
 HOST_TRIAL_LAYERS = 1
-"""A layer's intermediates are gone before the next one, so one layer takes what all do; on a processor
-the others would only take time."""
+"""A layer's intermediates are gone before the next one, so one layer takes what all do; on a
+processor the others would only take time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,12 @@ def _explain(
         fitting = min(tokens, request.max_step_tokens - 1)
         ways_out.insert(0, f"MAX_BATCH_PREFILL_TOKENS={fitting}")
     return (
-        f"a sequence of {request.max_context_len} tokens needs {mib(needed)} of cache, and there is "
-        f"room for {num_blocks} blocks of {mib(engine.cache_shape.block_bytes)}. Memory: "
+        f"a sequence of {request.max_context_len} tokens needs {mib(needed)} of cache, and there "
+        f"is room for {num_blocks} blocks of {mib(engine.cache_shape.block_bytes)}. Memory: "
         f"{mib(weights)} in use by the weights and this process, {mib(free)} free beside them, of "
         f"which the largest step takes {mib(step.total)} ({request.max_step_tokens} prompt tokens "
-        f"{mib(step.forward)}, {request.max_step_tiles} image tiles {mib(step.vision)}, sampling for "
-        f"{request.max_batch_size} sequences {mib(step.sampling)}, image features "
+        f"{mib(step.forward)}, {request.max_step_tiles} image tiles {mib(step.vision)}, sampling "
+        f"for {request.max_batch_size} sequences {mib(step.sampling)}, image features "
         f"{mib(step.features)}). Try {', or '.join(ways_out)}."
     )
 

@@ -1,7 +1,7 @@
 """The scheduler's promises under random load, checked against a shard that keeps contents.
 
-Every combination of end of text, maximum, cancel, preemption and failure happens with up to two steps
-under way.
+Every combination of end of text, maximum, cancel, preemption and failure happens with up to two
+steps under way.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Steps through the engine over a model that is a table: the next token depends on the last only."""
+"""Steps through the engine over a table of a model: the next token depends on the last only."""
 
 import pytest
 import torch
@@ -171,9 +171,7 @@ def test_no_room_for_a_single_token_fails_the_sequence_with_the_setting_to_lower
 
 def make_image(content_hash: bytes, pixel: int) -> shard_pb2.Image:
     tiles = torch.full((1, 2, 2, 3), pixel, dtype=torch.uint8).numpy().tobytes()
-    return shard_pb2.Image(
-        content_hash=content_hash, height=2, width=2, num_tiles=1, tiles=tiles
-    )
+    return shard_pb2.Image(content_hash=content_hash, height=2, width=2, num_tiles=1, tiles=tiles)
 
 
 @pytest.mark.parametrize("room", [1, 2])
