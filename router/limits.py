@@ -8,6 +8,9 @@ from tessera.router.scheduler import SchedulerLimits
 from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardsInfo
 
+STEP_TILES, CPU_STEP_TILES = 40, 5
+"""Tiles of CLIP-L cost 0.37 TFLOP each: 40 take a large GPU some 30 ms, 5 a processor a second."""
+
 
 def batch_size(settings: RouterSettings) -> int:
     """Most sequences in one step; never more than its tokens, because each needs one."""
@@ -15,14 +18,19 @@ def batch_size(settings: RouterSettings) -> int:
     return min(asked, settings.max_batch_prefill_tokens)
 
 
-def scheduler_limits(settings: RouterSettings) -> SchedulerLimits:
+def step_tiles(settings: RouterSettings, info: ShardsInfo) -> int:
+    """Most image tiles in one step: what a device encodes in about the time of a full step."""
+    return settings.max_step_tiles or (CPU_STEP_TILES if info.device == "cpu" else STEP_TILES)
+
+
+def scheduler_limits(settings: RouterSettings, info: ShardsInfo) -> SchedulerLimits:
     """What one step may hold."""
     return SchedulerLimits(
         max_step_tokens=settings.max_batch_prefill_tokens,
         max_batch_size=batch_size(settings),
         max_waiting_tokens=settings.max_waiting_tokens,
         waiting_served_ratio=settings.waiting_served_ratio,
-        max_step_tiles=settings.max_step_tiles,
+        max_step_tiles=step_tiles(settings, info),
         vision_cache_tokens=settings.vision_cache_tokens,
         prefix_caching=settings.prefix_caching,
     )
@@ -45,7 +53,7 @@ def warmup_request(
     return shard_pb2.WarmupRequest(
         max_step_tokens=settings.max_batch_prefill_tokens,
         max_batch_size=batch_size(settings),
-        max_step_tiles=settings.max_step_tiles if files.layout else 0,
+        max_step_tiles=step_tiles(settings, info) if files.layout else 0,
         # Without MAX_TOTAL_TOKENS a shorter window than the model's is fine.
         max_context_len=settings.max_total_tokens or min(max_total, 2 * info.block_size),
         max_blocks=max_blocks,

@@ -115,7 +115,7 @@ async def _run_model(
     logger.info("loaded %s in %s on %s, warming up", info.model_type, info.dtype, info.device)
     num_blocks = await shards.warm_up(warmup_request(settings, info, files))
     limits = serving_limits(settings, info, files, num_blocks)
-    core.open(limits, scheduler_limits(settings), BlockPool(num_blocks, info.block_size))
+    core.open(limits, scheduler_limits(settings, info), BlockPool(num_blocks, info.block_size))
     logger.info(
         "Connected: %d tokens of cache, prompts up to %d, totals up to %d, batches up to %d",
         limits.max_batch_total_tokens,

@@ -14,8 +14,9 @@ The rules, and the setting behind each:
     tokens per step       decodes + chunks never exceed MAX_BATCH_PREFILL_TOKENS
     sequences per step    never more than MAX_BATCH_SIZE are running
     when to let one in    at once while nothing runs or enough wait (WAITING_SERVED_RATIO),
-                          else after MAX_WAITING_TOKENS decode steps; then also a share of the
-                          token budget is kept from prompts that are already running
+                          else after MAX_WAITING_TOKENS decode steps
+    whose prompt goes on  the oldest is sure of a share of the token budget; the others come
+                          before it for the rest: short prompts do not wait for a long one
     who is let in first   preempted ones, then by priority, then fairly between keys, then by
                           arrival; one that does not fit may be overtaken MAX_OVERTAKES times
     image tiles per step  at most MAX_STEP_TILES, but always one whole image
@@ -35,8 +36,8 @@ from tessera.router.waiting import WaitingQueue
 MAX_OVERTAKES = 16
 """Later requests that may be let in before one that does not fit; bounds how long it can wait."""
 
-PATIENCE_SHARE = 2
-"""When the patience of one that waits is over, running prompts leave it 1 / this of the budget."""
+OLDEST_SHARE = 4
+"""The oldest prompt is sure of 1 / this of the budget, and has what the others leave of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,7 @@ class Scheduler:
         budget -= self._plan_decodes(plan, budget)
         may_admit = self._may_admit()
         self._plan_images(plan, may_admit)
-        kept_back = budget // PATIENCE_SHARE if may_admit and self._patience_is_over() else 0
-        for sequence in [s for s in self.running if s.is_prefilling]:
-            budget -= self._plan_chunk(plan, sequence, min(budget, max(1, budget - kept_back)))
-        if may_admit:
-            self._admit(plan, budget)
+        self._plan_prompts(plan, budget, may_admit)
         self._count_wait(plan)
         plan.released_sequence_ids, self._released = self._released, []
         return plan
@@ -232,6 +229,22 @@ class Scheduler:
     def _patience_is_over(self) -> bool:
         return self._decodes_since_admission >= self.limits.max_waiting_tokens
 
+    def _plan_prompts(self, plan: StepPlan, budget: int, may_admit: bool) -> None:
+        """Chunks of running prompts and of those let in now.
+
+        The oldest prompt is planned last and takes what the others leave, so that short prompts do
+        not wait for a long one, which still gets a sure share of every step.
+        """
+        prompts = [s for s in self.running if s.is_prefilling]
+        kept_back = min(-(-budget // OLDEST_SHARE), prompts[0].num_uncomputed) if prompts else 0
+        budget -= kept_back
+        for sequence in prompts[1:]:
+            budget -= self._plan_chunk(plan, sequence, budget)
+        if may_admit:
+            budget = self._admit(plan, budget)
+        if prompts:
+            self._plan_chunk(plan, prompts[0], kept_back + budget)
+
     def _plan_images(self, plan: StepPlan, may_admit: bool) -> None:
         """Encode pictures of running prompts first, then of those that wait, together.
 
@@ -299,21 +312,22 @@ class Scheduler:
                 return max(first, min(last, placed.offset))
         return last
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Let sequences in, in the queue's order, while budget, batch and pool have room."""
+    def _admit(self, plan: StepPlan, budget: int) -> int:
+        """Let sequences in, in the queue's order, while there is room; returns the budget left."""
         passed_over: list[Sequence] = []
         for sequence in list(islice(self.waiting, MAX_OVERTAKES)):
             if budget <= 0 or len(self.running) >= self.limits.max_batch_size:
-                return
+                break
             used = self._let_in(plan, sequence, budget)
             if used:
                 budget -= used
                 for overtaken in passed_over:
                     overtaken.num_overtaken += 1
             elif sequence.num_overtaken >= MAX_OVERTAKES:
-                return  # nobody else until it fits
+                break  # nobody else until it fits
             else:
                 passed_over.append(sequence)
+        return budget
 
     def _let_in(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Start a waiting sequence if it fits now; returns the tokens planned for it."""

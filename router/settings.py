@@ -53,7 +53,10 @@ class RouterSettings:
         None, "sequences in one step; empty: MAX_CONCURRENT_REQUESTS", integer(1)
     )
     max_waiting_tokens: int = setting(
-        20, "decode steps after which a waiting request is let in", integer(0)
+        0,
+        "decode steps after which a waiting request is let in, if it fits; steps mix prompts and "
+        "decodes here, so waiting longer than 0 only delays newcomers",
+        integer(0),
     )
     waiting_served_ratio: float = setting(
         0.3, "waiting requests per running one that let a prefill in before that", number(0)
@@ -63,7 +66,9 @@ class RouterSettings:
         "seconds a request may wait to be let in before it gets 429; empty: any time",
         number(0.001),
     )
-    max_step_tiles: int = setting(40, "image tiles encoded in one step", integer(1))
+    max_step_tiles: int | None = setting(
+        None, "image tiles encoded in one step; empty: 40, or 5 on cpu", integer(1)
+    )
     lookahead: int = setting(
         1,
         "steps sent to the shards before the tokens of the one before them are back",
@@ -86,8 +91,8 @@ class RouterSettings:
     max_images: int = setting(16, "pictures in one request", integer(0, 1024))
     image_overflow: str = setting(
         "fit",
-        "what happens to pictures that make a prompt too long: `fit` reduces their resolution and "
-        "says so in the reply, `reject` answers 422",
+        "what happens to pictures with which a prompt is too long: `fit` reduces their resolution "
+        "and says so in the reply, `reject` answers 422",
         choice("fit", "reject"),
     )
     max_image_pixels: int = setting(

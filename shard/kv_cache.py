@@ -11,7 +11,7 @@ SCRATCH_BLOCK = 0  # never given to a sequence; unused table entries point at it
 
 
 class BlockTables:
-    """A growing [rows, max blocks] table; a sequence holds a row from its first to its last step."""
+    """A growing [rows, max blocks] table; a sequence holds a row from first to last step."""
 
     def __init__(self, rows: int = 8, columns: int = 64) -> None:
         self._table: NDArray[np.int32] = np.full((rows, columns), SCRATCH_BLOCK, np.int32)

@@ -154,7 +154,8 @@ def _peak_of(engine: Engine, work: Callable[[], object]) -> int:
 def _worst_batch(engine: Engine, request: shard_pb2.WarmupRequest) -> Batch:
     """As many prompt tokens as a step may hold, in sequences as long as allowed."""
     builder = BatchBuilder(engine.block_size, engine.placement.backend.device)
-    chunks, first_block, left = [], 1, request.max_step_tokens
+    chunks: list[shard_pb2.Chunk] = []
+    first_block, left = 1, request.max_step_tokens
     while left > 0:
         length = min(left, request.max_context_len)
         num_blocks = -(-length // engine.block_size)

@@ -13,6 +13,7 @@ from benchmark.simulation.run import RouterCost, Simulation
 from benchmark.simulation.tgi import TgiPolicy
 from benchmark.simulation.trace import Arrival, Lengths
 from tessera.router.blocks import BlockPool
+from tessera.router.limits import STEP_TILES
 from tessera.router.scheduler import SchedulerLimits
 from tessera.router.settings import RouterSettings
 
@@ -36,7 +37,7 @@ class Options:
     max_batch_size: int = 256
     max_waiting_tokens: int = _ROUTER.max_waiting_tokens
     waiting_served_ratio: float = _ROUTER.waiting_served_ratio
-    max_step_tiles: int = _ROUTER.max_step_tiles
+    max_step_tiles: int = STEP_TILES
     vision_cache_tokens: int = _ROUTER.vision_cache_tokens
     prefix_caching: bool = True
     lookahead: int = _ROUTER.lookahead

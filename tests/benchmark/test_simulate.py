@@ -236,17 +236,7 @@ def test_waiting_ends_after_max_waiting_tokens(max_waiting_tokens: int) -> None:
         assert waited.started_step - waited.arrived_step <= max_waiting_tokens + steps_ahead
 
 
-BEHIND = ("pictures", "long among short")
-WEAK = pytest.mark.xfail(reason="requests wait while a prompt is chunked or few wait")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[WEAK] if name in ("pictures", "long among short") else [])
-        for name in SCENARIOS
-    ],
-)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_goodput_is_not_below_first_in_first_out(name: str) -> None:
     ours, peer = (replayed(name, policy)["all"] for policy in ("tessera", "tgi"))
     assert ours["good_share"] >= peer["good_share"] - 0.02  # a handful of requests

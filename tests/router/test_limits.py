@@ -1,12 +1,13 @@
 """What the server takes, from settings, model and warm-up."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tessera.proto.env import SettingsError
-from tessera.router.limits import batch_size, serving_limits, warmup_request
+from tessera.router.limits import batch_size, scheduler_limits, serving_limits, warmup_request
 from tessera.router.model_files import ModelFiles
 from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardsInfo
@@ -69,3 +70,15 @@ def test_the_cache_is_never_larger_than_can_be_used(files: ModelFiles) -> None:
 def test_a_text_model_is_asked_for_no_pictures(checkpoint: Callable[[str], Path]) -> None:
     request = warmup_request(RouterSettings(), INFO, ModelFiles.read(checkpoint("llama")))
     assert (request.max_step_tiles, request.max_feature_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"), [("cpu", None, 5), ("cuda:0", None, 40), ("cpu", 9, 9)]
+)
+def test_a_processor_encodes_fewer_pictures_at_once(
+    files: ModelFiles, device: str, asked: int | None, expected: int
+) -> None:
+    info = replace(INFO, device=device)
+    settings = RouterSettings(max_step_tiles=asked)
+    assert warmup_request(settings, info, files).max_step_tiles == expected
+    assert scheduler_limits(settings, info).max_step_tiles == expected

@@ -394,15 +394,18 @@ def test_priority_goes_first_and_keys_take_turns() -> None:
     assert order == [9, 0, 4, 1, 2, 3]
 
 
-def test_patience_keeps_budget_from_prompts_that_are_running() -> None:
-    scheduler = make_scheduler(max_step_tokens=8, max_waiting_tokens=2)
-    scheduler.add(make_sequence(0, max_new_tokens=50))
-    sample_all(scheduler, scheduler.next_step())
-    scheduler.add(make_sequence(1, prompt_tokens=90))
-    plans = list(run(scheduler, 4))
-    scheduler.add(make_sequence(2))
-    plans = list(run(scheduler, 3))
-    assert [2 in started(plan) for plan in plans] == [False, False, True]
+def test_short_prompts_do_not_wait_for_a_long_one() -> None:
+    scheduler = make_scheduler(max_step_tokens=8, waiting_served_ratio=0)
+    scheduler.add(make_sequence(0, prompt_tokens=90))
+    list(run(scheduler, 2))
+    for number in range(1, 9):
+        scheduler.add(make_sequence(number, prompt_tokens=5, max_new_tokens=1))
+    before = scheduler.running[0].num_computed
+    plans = list(run(scheduler, 7))
+    assert [number for plan in plans for number in started(plan)][:3] == [1, 2, 3]
+    # The long one is sure of a quarter of each step.
+    assert all(plan.num_tokens == 8 for plan in plans)
+    assert scheduler.running[0].num_computed - before >= 7 * 2
 
 
 def test_a_preempted_sequence_waits_for_the_token_that_is_on_its_way() -> None:
