@@ -15,8 +15,9 @@ The rules, and the setting behind each:
     sequences per step    never more than MAX_BATCH_SIZE are running
     when to let one in    at once while nothing runs or enough wait (WAITING_SERVED_RATIO),
                           else after MAX_WAITING_TOKENS decode steps
-    whose prompt goes on  the oldest is sure of a share of the token budget; the others come
-                          before it for the rest: short prompts do not wait for a long one
+    whose prompt goes on  the oldest is sure of a share of the token budget, and so is one to be
+                          let in after MAX_WAITING_TOKENS; the others come before the oldest for
+                          the rest: short prompts do not wait for a long one
     who is let in first   preempted ones, then by priority, then fairly between keys, then by
                           arrival; one that does not fit may be overtaken MAX_OVERTAKES times
     image tiles per step  at most MAX_STEP_TILES, but always one whole image
@@ -36,8 +37,8 @@ from tessera.router.waiting import WaitingQueue
 MAX_OVERTAKES = 16
 """Later requests that may be let in before one that does not fit; bounds how long it can wait."""
 
-OLDEST_SHARE = 4
-"""The oldest prompt is sure of 1 / this of the budget, and has what the others leave of the rest."""
+SURE_SHARE = 4
+"""The oldest prompt and whoever is to be let in are sure of 1 / this of the budget each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +234,20 @@ class Scheduler:
         """Chunks of running prompts and of those let in now.
 
         The oldest prompt is planned last and takes what the others leave, so that short prompts do
-        not wait for a long one, which still gets a sure share of every step.
+        not wait for a long one, which still gets a sure share of every step. So does whoever has
+        waited long enough to be let in.
         """
         prompts = [s for s in self.running if s.is_prefilling]
-        kept_back = min(-(-budget // OLDEST_SHARE), prompts[0].num_uncomputed) if prompts else 0
-        budget -= kept_back
+        share = -(-budget // SURE_SHARE)
+        for_oldest = min(share, prompts[0].num_uncomputed) if prompts else 0
+        for_newcomers = share if may_admit and self._patience_is_over() else 0
+        budget -= for_oldest
         for sequence in prompts[1:]:
-            budget -= self._plan_chunk(plan, sequence, budget)
+            budget -= self._plan_chunk(plan, sequence, budget - for_newcomers)
         if may_admit:
             budget = self._admit(plan, budget)
         if prompts:
-            self._plan_chunk(plan, prompts[0], kept_back + budget)
+            self._plan_chunk(plan, prompts[0], for_oldest + budget)
 
     def _plan_images(self, plan: StepPlan, may_admit: bool) -> None:
         """Encode pictures of running prompts first, then of those that wait, together.

@@ -12,6 +12,10 @@ from torch.nn import functional
 from tessera.launcher.demo.tiles import HEADS, PATCH, RANKS, SIDE
 from tessera.proto.image_layout import ImagePlan
 
+# The lens loss ignores the length of image tokens, so it grows far beyond what the decoder's layers
+# add to them, and they could note nothing down there. A factor brings it back to their size.
+IMAGE_SCALE = 0.15
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -335,7 +339,7 @@ class Projector(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole model, plus two classifiers (`..._head`) that only training uses."""
+    """The whole model, plus classifiers (`..._head`) that only training uses."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -350,6 +354,7 @@ class Network(nn.Module):
             nn.LayerNorm(sizes.vision_hidden), nn.Linear(sizes.vision_hidden, sum(HEADS.values()))
         )
         self.rank_head = nn.Linear(sizes.text_hidden, RANKS)
+        self.place_head = nn.Linear(sizes.text_hidden, RANKS)
 
     @property
     def vision(self) -> VisionModel:
@@ -372,13 +377,29 @@ class Network(nn.Module):
 
     def image_tokens(self, projected: Tensor, plan: ImagePlan) -> Tensor:
         """[pictures, tiles, patches, text_hidden] to the image's tokens in LLaVA-NeXT's order."""
-        return in_token_order(projected, self.image_newline.to(projected.dtype), plan)
+        scaled = projected * IMAGE_SCALE
+        return in_token_order(scaled, self.image_newline.to(projected.dtype), plan)
 
     def ranks(self, hidden: Tensor) -> Tensor:
         """Scores of the places in reading order, from the decoder's states half-way."""
-        normed = functional.rms_norm(hidden.float(), hidden.shape[-1:])
-        scores: Tensor = self.rank_head(normed)
+        scores: Tensor = self.rank_head(functional.rms_norm(hidden.float(), hidden.shape[-1:]))
         return scores.float()
+
+    def places(self, projected: Tensor) -> Tensor:
+        """Scores of the places in reading order, from projected patches of the overview."""
+        scores: Tensor = self.place_head(
+            functional.rms_norm(projected.float(), projected.shape[-1:])
+        )
+        return scores.float()
+
+    def stored(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as a checkpoint holds them: no classifiers, `IMAGE_SCALE` folded in."""
+        folded = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
+        return {
+            name: weight * IMAGE_SCALE if name in folded else weight
+            for name, weight in weights.items()
+            if "_head." not in name
+        }
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, fp32."""

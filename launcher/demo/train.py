@@ -10,7 +10,6 @@ questions. The state is saved every few minutes; the same command goes on where 
 
 import argparse
 import json
-import math
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -44,17 +43,15 @@ from tessera.launcher.demo.tiles import (
 
 VISION_SHARE = 0.18  # of the training: the vision tower alone
 PAGE_EVERY = 6  # afterwards every sixth step is a page again
-VISION_EVERY = 3  # steps in which scenes train the vision tower; in others it is only run: cheaper
+VISION_EVERY = 2  # steps in which scenes train the vision tower; in others it is only run: cheaper
 CHATS_EVERY = 8
 PAGES, SCENES, QUESTIONS = 48, 32, 5  # per batch; questions per scene
 HEAD_WEIGHTS = dict(zip(HEADS, (1.0, 0.7, 0.2, 1.0, 1.0, 0.7), strict=True))
 NONE_WEIGHTS = dict(zip(HEADS, (0.3, 0.3, 1.0, 0.1, 0.1, 0.2), strict=True))  # of class 0
 ADAMW_RATE, MUON_RATE = 2e-3, 0.02
-VISION_RATE = (
-    0.4  # of MUON_RATE for the vision tower's matrices, once the language model learns too
-)
+VISION_RATE = 0.3  # of MUON_RATE for the vision tower, once the language model learns too
 SCENE_PATCH_WEIGHT = 0.8  # of the patch losses beside the language loss
-RANK_WEIGHT = 0.5  # of the reading order
+RANK_WEIGHT = 1.0  # of the reading order
 EMA_DECAY = 0.998
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
@@ -187,6 +184,15 @@ class Losses:
             loss = loss + 0.3 * pull(empty, torch.zeros(int(empty.sum()), dtype=torch.long))
         return loss
 
+    def place(self, network: Network, projected: Tensor, labels: Tensor) -> Tensor:
+        """Teach the vision tower the reading order too: on the overview it sees everything."""
+        return functional.cross_entropy(
+            network.places(projected[:, 0]).flatten(0, 1),
+            labels[:, 0, :, RANK].flatten(),
+            weight=self._rank_weights,
+            ignore_index=IGNORE,
+        )
+
     def rank(self, network: Network, half_way: Tensor, batch: Batch) -> Tensor:
         """Teach the decoder's first half which character or shape of the picture comes when.
 
@@ -289,7 +295,9 @@ class Trainer:
             loss = patch + lens
             if batch.segments:
                 language, rank, accuracy = self._language(batch, projected)
-                loss = language + SCENE_PATCH_WEIGHT * loss + RANK_WEIGHT * rank
+                place = self.losses.place(self.network, projected, labels)
+                loss = language + SCENE_PATCH_WEIGHT * loss + RANK_WEIGHT * (rank + place)
+                self._note(place=place.item())
                 self._note(language=language.item(), rank=rank.item(), token_accuracy=accuracy)
                 self._note(scene_patch=patch.item(), scene_lens=lens.item())
             else:
@@ -334,15 +342,11 @@ class Trainer:
         return loss, rank, accuracy
 
     def _set_rates(self) -> None:
-        """Constant while only the vision tower learns; then a warm-up and a cosine to zero."""
+        """A warm-up at the start and when language begins; from half-time on down to zero."""
         progress, step = self.fraction(), self.progress.step
-        if progress < VISION_SHARE:
-            factor = min(1.0, (step + 1) / 60)
-        else:
-            done = (progress - VISION_SHARE) / (1 - VISION_SHARE)
-            factor = min(1.0, done / 0.02 + 0.05) * (
-                0.5 * (1 + math.cos(math.pi * done)) * 0.99 + 0.01
-            )
+        factor = min(1.0, (step + 1) / 60, 2 * (1 - progress))
+        if progress >= VISION_SHARE:
+            factor *= min(1.0, 60 * (progress - VISION_SHARE) + 0.05)
         for group in self.adamw.param_groups:
             group["lr"] = ADAMW_RATE * factor
         vision, hidden = self.muon.param_groups
@@ -373,7 +377,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The averaged weights as a checkpoint in the hub's format, and how they came about."""
-        weights = {n: w for n, w in self.average.items() if "_head." not in n}
+        weights = self.network.stored(self.average)
         save(folder, self.network.sizes, weights, self.tokenizer)
         record = {
             "seed": self.seed, "budget": asdict(self.budget), "torch": torch.__version__,

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_batch_size_from_settings(
 ) -> None:
     settings = settings_of(**environ)
     assert batch_size(settings) == expected
-    assert scheduler_limits(settings).max_batch_size == expected
+    assert scheduler_limits(settings, INFO).max_batch_size == expected
     assert warmup_request(settings, INFO, files).max_batch_size == expected
     assert serving_limits(settings, INFO, files, 1000).max_batch_size == expected
 
@@ -166,8 +167,7 @@ def test_lengths_from_settings(files: ModelFiles) -> None:
 
 
 def limited(**changes: int) -> FakeGenerator:
-    values = {name: getattr(LIMITS, name) for name in LIMITS.__dataclass_fields__}
-    return FakeGenerator(limits=type(LIMITS)(**values | changes))
+    return FakeGenerator(limits=replace(LIMITS, **changes))
 
 
 def test_input_and_total_are_inclusive(make_validator: Callable[..., Validator]) -> None:
@@ -293,6 +293,16 @@ def test_a_waiting_request_is_let_in_in_time_whatever_the_load(max_waiting_token
         assert all(plan.decodes for plan in plans)
 
 
+def test_a_waiting_request_is_let_in_in_time_also_under_two_long_prompts() -> None:
+    scheduler = make_scheduler(num_blocks=900, max_step_tokens=8, max_waiting_tokens=3)
+    for number, prompt_tokens in ((1, 4), (2, 500), (3, 500)):
+        scheduler.add(make_sequence(number, prompt_tokens, max_new_tokens=300))
+        list(run(scheduler, 6))
+    assert len(scheduler.running) == 3
+    scheduler.add(make_sequence(4, max_new_tokens=3))
+    assert 4 in [number for plan in run(scheduler, 4) for number in started(plan)]
+
+
 # --- MAX_STEP_TILES, VISION_CACHE_TOKENS, PREFIX_CACHING, LOOKAHEAD, IMAGE_OVERFLOW ---------------
 
 
@@ -318,13 +328,21 @@ def test_settings_reach_the_scheduler(files: ModelFiles) -> None:
             MAX_STEP_TILES="11",
             VISION_CACHE_TOKENS="33",
             PREFIX_CACHING="false",
-        )
+        ),
+        INFO,
     )
     assert (limits.max_step_tokens, limits.max_waiting_tokens) == (100, 7)
     assert (limits.waiting_served_ratio, limits.max_step_tiles) == (1.5, 11)
     assert (limits.vision_cache_tokens, limits.prefix_caching) == (33, False)
     worst = warmup_request(settings_of(MAX_STEP_TILES="11"), INFO, files)
     assert (worst.max_step_tokens, worst.max_step_tiles) == (4096, 11)
+
+
+@pytest.mark.parametrize(("device", "tiles"), [("cpu", 5), ("cuda:0", 40), ("xpu:0", 40)])
+def test_tiles_of_a_step_where_nothing_is_asked(files: ModelFiles, device: str, tiles: int) -> None:
+    info = replace(INFO, device=device)
+    assert scheduler_limits(settings_of(), info).max_step_tiles == tiles
+    assert warmup_request(settings_of(), info, files).max_step_tiles == tiles
 
 
 class CountingShards(ScriptedShards):

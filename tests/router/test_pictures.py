@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,8 +43,7 @@ def source(width: int = 112, height: int = 112) -> str:
 
 
 def limited(max_input_tokens: int) -> FakeGenerator:
-    changed = {name: getattr(LIMITS, name) for name in LIMITS.__dataclass_fields__}
-    return FakeGenerator(limits=type(LIMITS)(**changed | {"max_input_tokens": max_input_tokens}))
+    return FakeGenerator(limits=replace(LIMITS, max_input_tokens=max_input_tokens))
 
 
 @settings(max_examples=300, deadline=None)
