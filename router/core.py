@@ -83,6 +83,7 @@ class _SentStep:
 
     step_id: int
     kind: StepKind
+    num_tokens: int
     sent_at: float
 
 
@@ -238,7 +239,7 @@ class Core:
         if joined := sum(chunk.is_start for chunk in plan.chunks):
             self._metrics.batch_joined(joined)
         kind: StepKind = "prefill" if plan.chunks else "decode"
-        return _SentStep(await self._shards.send(plan), kind, now)
+        return _SentStep(await self._shards.send(plan), kind, plan.num_tokens, now)
 
     async def _receive(self, step: "_SentStep", scheduler: Scheduler) -> None:
         try:
@@ -246,7 +247,8 @@ class Core:
         except ShardsLost:
             self._metrics.step_failed(step.kind)
             raise
-        self._metrics.step(step.kind, time.perf_counter() - step.sent_at)
+        seconds = time.perf_counter() - step.sent_at
+        self._metrics.step(step.kind, seconds, step.num_tokens, reply)
         self._apply(reply, scheduler)
 
     def _apply(self, reply: shard_pb2.StepReply, scheduler: Scheduler) -> None:
@@ -343,11 +345,16 @@ class Core:
         self.cancel(flight.sequence, is_tainted=True)
 
     def _report_load(self, scheduler: Scheduler) -> None:
-        pool = scheduler.pool
+        pool, size = scheduler.pool, scheduler.pool.block_size
         self._metrics.queue_size(len(scheduler.waiting))
         self._metrics.batch_size(len(scheduler.running))
-        used = (pool.num_blocks - pool.num_free) * pool.block_size
-        self._metrics.cache_tokens(used, pool.num_blocks * pool.block_size)
+        self._metrics.cache_tokens(
+            used=(pool.num_blocks - pool.num_free) * size,
+            kept=pool.num_kept * size,
+            total=pool.num_blocks * size,
+            features=scheduler.images.encoded_tokens,
+        )
+        self._metrics.scheduler_counts(scheduler.counts)
 
     def _why_not_ready(self) -> str:
         if self._lost is not None:

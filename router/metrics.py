@@ -10,7 +10,9 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from tessera.proto.shard_pb2 import StepReply
 from tessera.router.request import Completion
+from tessera.router.scheduler import SchedulerCounts
 
 FailureKind = Literal["validation", "overloaded", "generation", "incomplete", "template", "dropped"]
 StepKind = Literal["prefill", "decode"]
@@ -19,6 +21,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 DURATION_BUCKETS_S = tuple(0.00015 * 1.5**k for k in range(35))  # 0.15 ms to 146 s
 BATCH_BUCKETS = tuple(float(2**k) for k in range(11))
+TOKEN_BUCKETS = tuple(float(2**k) for k in range(17))  # 1 to 65,536
+NOTHING_ENCODED_NS = 100_000  # the shard measures the look at an empty list, too
 _FAILURE_KINDS: tuple[FailureKind, ...] = (
     "validation",
     "overloaded",
@@ -99,6 +103,57 @@ class Metrics:
             buckets=DURATION_BUCKETS_S,
             registry=registry,
         )
+        self._forward_duration = Histogram(
+            "tgi_batch_forward_duration",
+            "Time of a step's pass through the decoder, seconds",
+            ["method"],
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self._vision_duration = self._seconds(
+            "tessera_step_vision_seconds", "Encoding a step's pictures, where it has any"
+        )
+        self._sample_duration = self._seconds(
+            "tessera_step_sample_seconds", "Choosing a step's tokens"
+        )
+        self._step_tokens = Histogram(
+            "tessera_step_tokens",
+            "Tokens computed in one step",
+            ["method"],
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._define_cache_metrics()
+
+    def _define_cache_metrics(self) -> None:
+        registry = self._registry
+        self._cache_used = Gauge(
+            "tessera_kv_cache_used_tokens", "Cache tokens held by sequences", registry=registry
+        )
+        self._cache_kept = Gauge(
+            "tessera_kv_cache_kept_tokens",
+            "Cache tokens nobody holds whose content can still be found",
+            registry=registry,
+        )
+        self._cache_total = Gauge(
+            "tessera_kv_cache_tokens", "Tokens the KV cache holds", registry=registry
+        )
+        self._feature_tokens = Gauge(
+            "tessera_vision_cache_tokens", "Image features on the shards", registry=registry
+        )
+        self._preemptions = self._counter(
+            "tessera_preemptions", "Sequences put back to make room, to be computed again"
+        )
+        self._prefix_queries = self._counter(
+            "tessera_prefix_cache_query_tokens", "Prompt tokens that were let in"
+        )
+        self._prefix_hits = self._counter(
+            "tessera_prefix_cache_hit_tokens", "Those of them that were in the cache"
+        )
+        self._vision_hits = self._counter(
+            "tessera_vision_cache_hits", "Pictures that did not have to be encoded"
+        )
+        self._vision_misses = self._counter("tessera_vision_cache_misses", "Pictures encoded")
 
     def request_started(self) -> None:
         """A generation was asked for."""
@@ -139,16 +194,34 @@ class Metrics:
         """So many sequences entered the batch with one step."""
         self._next_size.observe(sequences)
 
-    def cache_tokens(self, used: int, total: int) -> None:
-        """The KV cache holds `used` of `total` tokens."""
+    def cache_tokens(self, used: int, kept: int, total: int, features: int) -> None:
+        """The KV cache holds `used` of `total` tokens and keeps more; so many image features are
+        on the shards."""
         self._batch_tokens.set(used)
         self._max_total.set(total)
+        self._cache_used.set(used)
+        self._cache_kept.set(kept)
+        self._cache_total.set(total)
+        self._feature_tokens.set(features)
 
-    def step(self, kind: StepKind, seconds: float) -> None:
+    def scheduler_counts(self, counts: SchedulerCounts) -> None:
+        """What the scheduler has counted so far."""
+        self._preemptions.set_total(counts.preemptions)
+        self._prefix_queries.set_total(counts.prefix_query_tokens)
+        self._prefix_hits.set_total(counts.prefix_hit_tokens)
+        self._vision_hits.set_total(counts.vision_hits)
+        self._vision_misses.set_total(counts.vision_misses)
+
+    def step(self, kind: StepKind, seconds: float, tokens: int, reply: StepReply) -> None:
         """A step took this long; a step with any prompt chunk in it counts as prefill."""
         self._steps.increase(kind)
         self._steps_done.increase(kind)
         self._step_duration.labels(kind).observe(seconds)
+        self._step_tokens.labels(kind).observe(tokens)
+        self._forward_duration.labels(kind).observe(reply.forward_ns / 1e9)
+        self._sample_duration.observe(reply.sample_ns / 1e9)
+        if reply.vision_ns > NOTHING_ENCODED_NS:
+            self._vision_duration.observe(reply.vision_ns / 1e9)
 
     def step_failed(self, kind: StepKind) -> None:
         """A step was lost."""
@@ -185,6 +258,10 @@ class _Counter:
 
     def increase(self, value: str = "") -> None:
         self._counts[value] += 1
+
+    def set_total(self, total: int) -> None:
+        """For a count that is kept elsewhere."""
+        self._counts[""] = total
 
     def lines(self) -> Iterator[str]:
         yield f"# HELP {self._name} {self._doc}\n# TYPE {self._name} counter\n"

@@ -103,6 +103,17 @@ class StepPlan:
         return [row.sequence for row in self.decodes] + [c.sequence for c in self.chunks]
 
 
+@dataclass(slots=True)
+class SchedulerCounts:
+    """What happened since the start; only ever grows."""
+
+    preemptions: int = 0
+    prefix_query_tokens: int = 0  # prompt tokens of sequences that were let in
+    prefix_hit_tokens: int = 0  # those of them that were found in the cache
+    vision_misses: int = 0  # pictures encoded
+    vision_hits: int = 0  # pictures that did not have to be
+
+
 class Scheduler:
     """Continuous batching over one block pool."""
 
@@ -111,7 +122,7 @@ class Scheduler:
         self.pool = pool
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.num_preemptions = 0
+        self.counts = SchedulerCounts()
         self.images = ImageStore(limits.vision_cache_tokens)
         self._released: list[int] = []
         self._decodes_since_admission = 0
@@ -152,6 +163,9 @@ class Scheduler:
             return
         if is_tainted:
             self.pool.forget(sequence.block_ids)
+        if sequence.was_admitted:
+            spared = len(sequence.request.images) - sequence.num_encoded
+            self.counts.vision_hits += max(0, spared)
         self.images.done(sequence.sequence_id, _images_of(sequence))
         self._give_back(sequence)
 
@@ -198,7 +212,7 @@ class Scheduler:
         self.images.need(sequence.sequence_id, _images_of(sequence))
         sequence.num_overtaken = MAX_OVERTAKES  # it has waited its turn before
         self.waiting.put_back(sequence)
-        self.num_preemptions += 1
+        self.counts.preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.free(sequence.block_ids)
@@ -276,6 +290,8 @@ class Scheduler:
                 tiles += image.num_tiles
                 plan.images.append(image)
                 self.images.mark_encoded(image)
+                sequence.num_encoded += 1
+                self.counts.vision_misses += 1
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """The next piece of a running prompt; returns the tokens used."""
@@ -351,6 +367,8 @@ class Scheduler:
         sequence.num_published = len(cached)
         if not sequence.was_admitted:
             sequence.was_admitted, sequence.num_cached = True, first
+            self.counts.prefix_query_tokens += len(sequence.token_ids)
+            self.counts.prefix_hit_tokens += first
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self._decodes_since_admission = 0

@@ -25,6 +25,7 @@ class Sequence:
     num_published: int = 0  # blocks that others can find
     num_cached: int = 0  # prompt tokens that were found when it was first let in
     num_overtaken: int = 0  # sequences that were let in before it although they came later
+    num_encoded: int = 0  # pictures that had to be encoded for it
     sent_to_shards: bool = False
     was_admitted: bool = False
 

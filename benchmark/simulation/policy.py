@@ -69,7 +69,7 @@ class TesseraPolicy:
     @property
     def num_preemptions(self) -> int:
         """Sequences put back to the queue so far."""
-        return self.scheduler.num_preemptions
+        return self.scheduler.counts.preemptions
 
     @property
     def feature_tokens(self) -> int:

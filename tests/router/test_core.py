@@ -334,7 +334,7 @@ def test_a_preempted_request_is_never_overdue(tokenizer: Tokenizer) -> None:
         assert [len(task.result()) for task in reading] == [30, 30, 30]
         scheduler = core._scheduler
         assert scheduler is not None
-        return scheduler.num_preemptions
+        return scheduler.counts.preemptions
 
     preempted = with_core(tokenizer, shards, use, num_blocks=16, max_queue_time_s=1.0, clock=clock)
     assert preempted > 0

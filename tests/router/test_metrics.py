@@ -1,7 +1,9 @@
 from prometheus_client.parser import text_string_to_metric_families
 
+from tessera.proto.shard_pb2 import StepReply
 from tessera.router.metrics import Metrics
 from tessera.router.request import Completion, FinishReason, Timings
+from tessera.router.scheduler import SchedulerCounts
 
 # What the dashboards of the servers this one replaces read.
 DASHBOARD_NAMES = [
@@ -45,8 +47,8 @@ def completion(tokens: int = 4) -> Completion:
 
 def test_counters_have_the_names_dashboards_read() -> None:
     metrics = Metrics()
-    metrics.step("prefill", 0.1)
-    metrics.step("decode", 0.1)
+    metrics.step("prefill", 0.1, 7, StepReply())
+    metrics.step("decode", 0.1, 1, StepReply())
     names = {name for name, _ in samples(metrics)}
     assert set(DASHBOARD_NAMES) - {"tgi_batch_concat_duration_bucket"} <= names
     assert not [name for name in names if name.endswith(("_total", "_created"))]
@@ -86,6 +88,38 @@ def test_failures_and_gauges() -> None:
     assert found["tgi_batch_inference_success", "decode"] == 0
 
 
+def test_a_step_and_where_its_time_went() -> None:
+    metrics = Metrics()
+    reply = StepReply(vision_ns=500_000_000, forward_ns=250_000_000, sample_ns=125_000_000)
+    metrics.step("prefill", 1.0, 300, reply)
+    metrics.step("decode", 0.1, 4, StepReply(vision_ns=1000))
+    found = samples(metrics)
+    assert found["tessera_step_tokens_sum", "prefill"] == 300
+    assert found["tessera_step_tokens_sum", "decode"] == 4
+    assert found["tgi_batch_forward_duration_sum", "prefill"] == 0.25
+    assert found["tessera_step_sample_seconds_sum", ""] == 0.125
+    assert found["tessera_step_vision_seconds_sum", ""] == 0.5
+    assert found["tessera_step_vision_seconds_count", ""] == 1  # the other had no picture
+
+
+def test_caches_and_what_the_scheduler_counted() -> None:
+    metrics = Metrics()
+    metrics.cache_tokens(used=32, kept=16, total=640, features=78)
+    metrics.scheduler_counts(SchedulerCounts(1, 100, 64, 2, 3))
+    metrics.scheduler_counts(SchedulerCounts(2, 200, 128, 4, 6))
+    found = samples(metrics)
+    assert found["tessera_kv_cache_used_tokens", ""] == 32
+    assert found["tgi_batch_current_max_tokens", ""] == 32
+    assert found["tessera_kv_cache_kept_tokens", ""] == 16
+    assert found["tessera_kv_cache_tokens", ""] == found["tgi_batch_max_total_tokens", ""] == 640
+    assert found["tessera_vision_cache_tokens", ""] == 78
+    assert found["tessera_preemptions", ""] == 2
+    assert found["tessera_prefix_cache_query_tokens", ""] == 200
+    assert found["tessera_prefix_cache_hit_tokens", ""] == 128
+    assert found["tessera_vision_cache_misses", ""] == 4
+    assert found["tessera_vision_cache_hits", ""] == 6
+
+
 def test_two_servers_in_one_process_count_apart() -> None:
     first, second = Metrics(), Metrics()
     first.request_started()
@@ -95,7 +129,7 @@ def test_two_servers_in_one_process_count_apart() -> None:
 
 def test_the_format_is_prometheus() -> None:
     metrics = Metrics(max_input_tokens=100)
-    metrics.step("decode", 0.1)
+    metrics.step("decode", 0.1, 1, StepReply())
     families = list(text_string_to_metric_families(metrics.render().decode()))
     types = {family.name: family.type for family in families}
     assert types["tgi_request_count"] == "counter"

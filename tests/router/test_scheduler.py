@@ -137,7 +137,7 @@ def test_dry_pool_preempts_the_youngest_which_is_rebuilt_later() -> None:
     for plan in run(scheduler, 60):
         chunks += [(c.sequence.sequence_id, c.first, c.last) for c in plan.chunks]
         released += plan.released_sequence_ids
-    assert scheduler.num_preemptions >= 1
+    assert scheduler.counts.preemptions >= 1
     rebuilt = [chunk for chunk in chunks if chunk[0] == 2]
     assert len(rebuilt) >= 2 and rebuilt[1][1] == 0 and rebuilt[1][2] > 4
     assert released.count(2) == len(rebuilt)  # once for each start
@@ -229,6 +229,17 @@ def test_picture_at_the_very_end_of_a_prompt_is_never_computed_as_a_decode() -> 
     plans = list(run(scheduler, 2))
     assert [(c.first, c.last) for plan in plans for c in plan.chunks] == [(0, 9), (9, 10)]
     assert plans[1].decodes == []
+
+
+def test_what_it_counts() -> None:
+    scheduler = cached_scheduler(vision_cache_tokens=12)
+    for number, name in enumerate((1, 1, 2)):
+        placed = PlacedImage(make_image(name), offset=0)
+        finish_one(scheduler, make_sequence(number, 10, 1, images=(placed,)))
+    counts = scheduler.counts
+    assert (counts.prefix_query_tokens, counts.prefix_hit_tokens) == (30, 8)
+    assert (counts.vision_misses, counts.vision_hits) == (2, 1)
+    assert counts.preemptions == 0
 
 
 def test_a_block_cannot_come_back_twice() -> None:
@@ -421,7 +432,7 @@ def test_a_preempted_sequence_waits_for_the_token_that_is_on_its_way() -> None:
     assert (
         scheduler.next_step().decodes[0].sequence is old
     )  # the young one needs a block: preempted
-    assert (scheduler.num_preemptions, young.num_pending) == (1, 1)
+    assert (scheduler.counts.preemptions, young.num_pending) == (1, 1)
     scheduler.finish(old)  # now there is room
     assert scheduler.next_step().chunks == []
     scheduler.append_token(young, 8)
