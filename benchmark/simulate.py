@@ -1,6 +1,6 @@
 """Compares scheduling policies without a device: replays request traces on a virtual clock.
 
-    python -m benchmark.simulate                        every scenario, both policies
+    python -m benchmark.simulate                        every scenario, every policy
     python -m benchmark.simulate --scenario chat bursts --policy tessera --set lookahead=0
     python -m benchmark.simulate --out benchmark/results/simulation.json --readme
 
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     asked = _parser().parse_args(arguments)
-    policies = POLICIES if asked.policy == "both" else (asked.policy,)
+    policies = POLICIES if asked.policy == "all" else (asked.policy,)
     names = asked.scenario or list(SCENARIOS)
     changes = dict(asked.set or [])
     report: Report = {"about": _about(asked), "scenarios": {}}
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--policy", choices=(*POLICIES, "both"), default="both")
+    parser.add_argument("--policy", choices=("all", *POLICIES), default="all")
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, metavar="NAME")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="of each scenario's duration")

@@ -4,77 +4,25 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
 from tessera.router.errors import GenerationError, NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
+from tessera.router.in_flight import InFlight, RequestStream
 from tessera.router.metrics import Metrics, StepKind
-from tessera.router.output import Output
 from tessera.router.queue_time import QueueTime
-from tessera.router.request import (
-    Completion,
-    FinishReason,
-    Request,
-    Timings,
-    TokenEvent,
-    TokenInfo,
-)
+from tessera.router.request import Request
 from tessera.router.scheduler import Scheduler, SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
 from tessera.router.shards import ShardGroup, ShardsLost
 from tessera.router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class RequestStream:
-    """The events of one request, as `generation.TokenStream` describes them."""
-
-    def __init__(self, core: "Core", sequence: Sequence) -> None:
-        request = sequence.request
-        self.prompt_tokens = len(request.prompt_ids)
-        self.image_tokens = request.num_image_tokens
-        self.cached_tokens = 0
-        self.prompt_logprobs: list[TokenInfo] = []
-        self._core = core
-        self._sequence = sequence
-        # Bounded by the request's own max_new_tokens.
-        self._events: asyncio.Queue[TokenEvent | RouterError] = asyncio.Queue()
-
-    def push(self, event: TokenEvent | RouterError) -> None:
-        """Hand the client its next event or its error."""
-        self._events.put_nowait(event)
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """The events in order; the one with `completion` is the last."""
-        while True:
-            event = await self._events.get()
-            if isinstance(event, RouterError):
-                raise event
-            yield event
-            if event.completion is not None:
-                return
-
-    def close(self) -> None:
-        """Cancel if still running; its blocks are free at once, the shards hear of it next step."""
-        self._core.cancel(self._sequence)
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """What the loop keeps of a request besides its sequence."""
-
-    sequence: Sequence
-    stream: RequestStream
-    output: Output
-    submitted_at: float
-    started_at: float | None = None
-    first_token_at: float | None = None
-    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +61,7 @@ class Core:
         self._lookahead = lookahead
         self._limits: ServingLimits | None = None
         self._scheduler: Scheduler | None = None
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._ids = count(1)
         self._wake = asyncio.Event()
         self._queue_time = QueueTime(max_queue_time_s, clock)
@@ -147,10 +95,9 @@ class Core:
         if self._scheduler is None or not self.ready:
             raise NotReadyError(self._why_not_ready())
         sequence = Sequence(next(self._ids), request)
-        stream = RequestStream(self, sequence)
-        output = Output(self._tokenizer, request)
-        self._in_flight[sequence.sequence_id] = _InFlight(
-            sequence, stream, output, time.perf_counter()
+        stream = RequestStream(sequence, cancel=partial(self.cancel, sequence))
+        self._in_flight[sequence.sequence_id] = InFlight(
+            sequence, stream, self._tokenizer, self._eos_ids, time.perf_counter()
         )
         self._scheduler.add(sequence)
         self._queue_time.add(sequence.sequence_id)
@@ -232,10 +179,7 @@ class Core:
     async def _send(self, plan: StepPlan) -> "_SentStep":
         now = time.perf_counter()
         for sequence in plan.sequences:
-            flight = self._in_flight[sequence.sequence_id]
-            if flight.started_at is None:
-                flight.started_at = now
-                flight.stream.cached_tokens = sequence.num_cached
+            self._in_flight[sequence.sequence_id].start(now)
         if joined := sum(chunk.is_start for chunk in plan.chunks):
             self._metrics.batch_joined(joined)
         kind: StepKind = "prefill" if plan.chunks else "decode"
@@ -259,88 +203,22 @@ class Core:
                 self._fail(flight, GenerationError(failure.message))
         for scored in reply.prompt_logprobs:
             if flight := self._in_flight.get(scored.sequence_id):
-                # A prompt computed again after a preemption repeats what is already known.
-                known = 1 + len(flight.prompt_logprobs) - scored.first_position
-                flight.prompt_logprobs += scored.logprobs[known:]
+                flight.add_prompt_logprobs(scored.first_position, scored.logprobs)
         now = time.perf_counter()
         for token in reply.tokens:
             if flight := self._in_flight.get(token.sequence_id):
                 scheduler.append_token(flight.sequence, token.token_id)
-                try:
-                    self._emit(flight, token, now)
-                except Exception:
-                    logger.exception("request %d failed in the router", token.sequence_id)
-                    self._fail(flight, GenerationError("internal error"))
+                self._tell(flight, token, now)
 
-    def _emit(self, flight: _InFlight, token: shard_pb2.SampledToken, now: float) -> None:
-        """Tell the client about one token, and end its request where it ends."""
-        if flight.first_token_at is None:
-            flight.first_token_at = now
-            self._publish_prompt_logprobs(flight)
-        step = flight.output.add(token.token_id)
-        reason = self._finish_reason(flight, token.token_id, step.stopped)
-        text = step.text
-        completion = None
-        if reason is not None:
-            text += flight.output.finish()
-            completion = self._completion(flight, reason, now)
-        top = tuple(
-            TokenInfo(
-                entry.token_id,
-                self._tokenizer.token_text(entry.token_id),
-                entry.logprob,
-                self._tokenizer.is_special(entry.token_id),
-            )
-            for entry in token.top_tokens
-        )
-        info = TokenInfo(
-            token.token_id,
-            step.token_text,
-            token.logprob,
-            self._tokenizer.is_special(token.token_id),
-        )
-        flight.stream.push(TokenEvent(info, text, top, completion))
-        if completion is not None:
-            self.cancel(flight.sequence)
+    def _tell(self, flight: InFlight, token: shard_pb2.SampledToken, now: float) -> None:
+        try:
+            if flight.tell(token, now):
+                self.cancel(flight.sequence)
+        except Exception:
+            logger.exception("request %d failed in the router", token.sequence_id)
+            self._fail(flight, GenerationError("internal error"))
 
-    def _finish_reason(
-        self, flight: _InFlight, token_id: int, stopped: bool
-    ) -> FinishReason | None:
-        stopping = flight.sequence.request.stopping
-        if stopped:
-            return FinishReason.STOP
-        if token_id in self._eos_ids and not stopping.ignore_eos:
-            return FinishReason.EOS
-        if flight.sequence.num_generated >= stopping.max_new_tokens:
-            return FinishReason.LENGTH
-        return None
-
-    def _completion(self, flight: _InFlight, reason: FinishReason, now: float) -> Completion:
-        request = flight.sequence.request
-        started = flight.started_at or now
-        since_submitted = now - flight.submitted_at
-        timings = Timings(
-            total=request.validation_s + since_submitted,
-            validation=request.validation_s,
-            queue=started - flight.submitted_at,
-            inference=now - started,
-            first_token=(flight.first_token_at or now) - flight.submitted_at,
-        )
-        seed = request.sampling.seed if request.sampling.temperature > 0 else None
-        return Completion(reason, flight.output.text, flight.sequence.num_generated, seed, timings)
-
-    def _publish_prompt_logprobs(self, flight: _InFlight) -> None:
-        request = flight.sequence.request
-        if request.sampling.prompt_logprobs:
-            # The first token of a prompt follows nothing, so it has no probability.
-            missing = len(request.prompt_ids) - len(flight.prompt_logprobs)
-            logprobs = [float("nan")] * missing + flight.prompt_logprobs
-            flight.stream.prompt_logprobs += [
-                TokenInfo(i, self._tokenizer.token_text(i), value, self._tokenizer.is_special(i))
-                for i, value in zip(request.prompt_ids, logprobs, strict=True)
-            ]
-
-    def _fail(self, flight: _InFlight, error: RouterError) -> None:
+    def _fail(self, flight: InFlight, error: RouterError) -> None:
         flight.stream.push(error)
         self.cancel(flight.sequence, is_tainted=True)
 

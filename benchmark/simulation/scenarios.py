@@ -11,27 +11,32 @@ from benchmark.simulation.policy import Policy, TesseraPolicy
 from benchmark.simulation.report import Numbers, Objective, summarise
 from benchmark.simulation.run import RouterCost, Simulation
 from benchmark.simulation.tgi import TgiPolicy
-from benchmark.simulation.trace import Arrival, Lengths
+from benchmark.simulation.trace import LAYOUT, Arrival, Lengths
+from benchmark.simulation.vllm import VllmPolicy
 from tessera.router.blocks import BlockPool
 from tessera.router.limits import STEP_TILES
 from tessera.router.scheduler import SchedulerLimits
 from tessera.router.settings import RouterSettings
 
 BLOCK_SIZE = 16
-POLICIES = ("tessera", "tgi")
+PEERS = ("tgi", "vllm")
+POLICIES = ("tessera", *PEERS)
 _ROUTER = RouterSettings()
 
 ROUTER_COSTS = {
     # A Python router whose steps run ahead, and a compiled one that waits for each reply. The
-    # second is one call over a local socket and nothing for text, which favours it.
+    # second is one call over a local socket and nothing for text, which favours it. The third is
+    # a Python scheduler like the first, and nothing for text, as another process makes it: its
+    # time until the client sees a token is left out, which favours it.
     "tessera": RouterCost(per_step_s=0.5e-3, per_token_s=40e-6),
     "tgi": RouterCost(per_step_s=0.35e-3, per_token_s=0.0),
+    "vllm": RouterCost(per_step_s=0.5e-3, per_token_s=0.0),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How the server is set; the same for both policies. Defaults are the router's own."""
+    """How the server is set; the same for every policy. Defaults are the router's own."""
 
     max_batch_prefill_tokens: int = _ROUTER.max_batch_prefill_tokens
     max_batch_size: int = 256
@@ -86,6 +91,8 @@ def make_policy(name: str, scenario: Scenario, options: Options) -> Policy:
         # Its prefix cache is off for models that see.
         caches = options.prefix_caching and not scenario.sees
         return TgiPolicy(options.limits(), pool, prefix_caching=caches)
+    if name == "vllm":
+        return VllmPolicy(options.limits(), pool, largest_picture=LAYOUT.max_tokens)
     return TesseraPolicy(options.limits(), pool)
 
 

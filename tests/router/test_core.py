@@ -9,9 +9,10 @@ import pytest
 
 from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
-from tessera.router.core import Core, RequestStream
+from tessera.router.core import Core
 from tessera.router.errors import GenerationError, NotReadyError, OverloadedError
 from tessera.router.generation import ServingLimits
+from tessera.router.in_flight import RequestStream
 from tessera.router.metrics import Metrics
 from tessera.router.request import FinishReason, Request, SamplingParams, StoppingParams, TokenEvent
 from tessera.router.scheduler import SchedulerLimits, StepPlan
