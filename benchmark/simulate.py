@@ -2,13 +2,16 @@
 
     python -m benchmark.simulate                        every scenario, every policy
     python -m benchmark.simulate --scenario chat bursts --policy tessera --set lookahead=0
-    python -m benchmark.simulate --out benchmark/results/simulation.json --readme
+    python -m benchmark.simulate --out benchmark/results/simulation.json --readme \\
+        --plots benchmark/results
 
-The scheduler is the router's own, the device is a cost model (`simulation/device.py`), and the peer
-is a model of text-generation-inference's queue policy (`simulation/tgi.py`), not that software.
+The scheduler is the router's own, the device is a cost model (`simulation/device.py`), and the
+peers are models of the policies of text-generation-inference (`simulation/tgi.py`) and vLLM v1
+(`simulation/vllm.py`), not that software.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import shlex
@@ -26,7 +29,7 @@ Report = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
-    asked = _parser().parse_args(arguments)
+    asked = _parse(arguments)
     policies = POLICIES if asked.policy == "all" else (asked.policy,)
     names = asked.scenario or list(SCENARIOS)
     changes = dict(asked.set or [])
@@ -42,7 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
         asked.out.write_text(json.dumps(report, indent=1) + "\n")
     if asked.readme:
         README.write_text(with_ratios(README.read_text(), report))
+    if asked.plots:
+        _plot(report, asked.plots)
     return 0
+
+
+def _plot(report: Report, folder: Path) -> None:
+    # Nothing else needs matplotlib, so that everything else works without it.
+    from benchmark.simulation.plots import write_plots
+
+    for path in write_plots(report, folder):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def _run(
@@ -61,7 +74,7 @@ def _run(
 def _about(asked: argparse.Namespace) -> Report:
     command = ["python", "-m", "benchmark.simulate", *sys.argv[1:]]
     return {
-        "note": "a simulation; `tgi` is a model of its queue policy, not a measurement of it",
+        "note": "a simulation; `tgi` and `vllm` are models of policies, not measurements",
         "command": shlex.join(command),
         "seed": asked.seed,
         "scale": asked.scale,
@@ -86,6 +99,16 @@ def _assignment(text: str) -> tuple[str, float]:
     return name.lower(), float(value)
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if asked.readme and (asked.policy != "all" or asked.scenario):
+        parser.error("--readme writes about every scenario and policy: leave those options out")
+    if asked.plots and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib: pip install -e '.[bench]'")
+    return asked
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.simulate",
@@ -101,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--readme", action="store_true", help="write the table of ratios")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write charts, with matplotlib")
     return parser
 
 

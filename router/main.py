@@ -12,16 +12,9 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from tessera.proto.env import (
-    SettingsError,
-    merged_environment,
-    parse_flags,
-    process_environment,
-    read_settings,
-)
+from tessera.proto.env import SettingsError
 from tessera.proto.image_layout import ImageLayoutError
-from tessera.proto.lifeline import die_with_parent
-from tessera.proto.logs import configure_logging
+from tessera.proto.process import begin
 from tessera.router.app import create_app
 from tessera.router.blocks import BlockPool
 from tessera.router.chat_template import ChatTemplate
@@ -42,12 +35,8 @@ LOST_A_SHARD = 2
 
 def main() -> None:
     """Run the router; exit 0 after SIGTERM or SIGINT, 1 when it cannot start."""
-    die_with_parent()
-    environ = process_environment()
-    flags = parse_flags("tessera-router", __doc__ or "", [RouterSettings], sys.argv[1:])
     try:
-        settings = read_settings(RouterSettings, merged_environment(environ, flags, RouterSettings))
-        configure_logging(settings.log_level, settings.json_output)
+        settings = begin(RouterSettings, "tessera-router", __doc__ or "")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says at start, we say
         status = asyncio.run(_serve(settings))
     except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:

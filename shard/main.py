@@ -16,16 +16,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tessera.proto import shard_pb2, shard_pb2_grpc
-from tessera.proto.env import (
-    SettingsError,
-    merged_environment,
-    parse_flags,
-    process_environment,
-    read_settings,
-)
+from tessera.proto.env import SettingsError
 from tessera.proto.image_layout import ImageLayout, layout_from_config
-from tessera.proto.lifeline import die_with_parent
-from tessera.proto.logs import configure_logging
+from tessera.proto.process import begin
 from tessera.shard.backends import load_backend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import ShardError
@@ -46,13 +39,8 @@ UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 def main() -> None:
     """Run a shard; exit 0 after SIGTERM or SIGINT, 1 when it cannot start."""
-    die_with_parent()
-    environ = process_environment()
-    flags = parse_flags("tessera-shard", __doc__ or "", [ShardSettings], sys.argv[1:])
     try:
-        settings = read_settings(ShardSettings, merged_environment(environ, flags, ShardSettings))
-        configure_logging(settings.log_level, settings.json_output)
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(begin(ShardSettings, "tessera-shard", __doc__ or "")))
     except (ShardError, SettingsError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

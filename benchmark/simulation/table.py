@@ -54,17 +54,18 @@ def console_table(name: str, result: dict[str, Any]) -> str:
 
 
 def ratio_table(report: dict[str, Any]) -> str:
-    """The markdown table of README, from a report of both policies."""
+    """The markdown table of README, from a report of all policies: a row for each peer."""
     lines = [
-        "| scenario | TTFT p50 | TTFT p99 | longest stall | end-to-end p50 | good | tokens/s |",
-        "|---|---|---|---|---|---|---|",
+        "| scenario | peer | TTFT p50 | TTFT p99 | gap p99 | longest stall | end-to-end p50 "
+        "| good | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in report["scenarios"].items():
-        ours, peer = (result["policies"][policy]["all"] for policy in ("tessera", "tgi"))
-        cells = [_times(ours, peer, column) for column in _RATIO_COLUMNS]
-        good = f"{ours['good_share']:.1%} / {peer['good_share']:.1%}"
-        rate = f"{ours['output_tokens_per_s'] / peer['output_tokens_per_s']:.2f}x"
-        lines.append(f"| {name} | {' | '.join(cells)} | {good} | {rate} |")
+        by_policy = dict(result["policies"])
+        ours = by_policy.pop("tessera")["all"]
+        for peer, by_kind in by_policy.items():
+            lines.append(f"| {name} | {peer} | {_cells(ours, by_kind['all'])} |")
+            name = ""
     return "\n".join(lines) + "\n"
 
 
@@ -75,7 +76,14 @@ def with_ratios(text: str, report: dict[str, Any]) -> str:
     return f"{before}{BEGIN}{ratio_table(report)}{END}{after}"
 
 
-_RATIO_COLUMNS = ("ttft_p50_s", "ttft_p99_s", "longest_stall_s", "e2e_p50_s")
+_RATIO_COLUMNS = ("ttft_p50_s", "ttft_p99_s", "itl_p99_s", "longest_stall_s", "e2e_p50_s")
+
+
+def _cells(ours: Numbers, peer: Numbers) -> str:
+    times = [_times(ours, peer, column) for column in _RATIO_COLUMNS]
+    good = f"{ours['good_share']:.1%} / {peer['good_share']:.1%}"
+    rate = f"{ours['output_tokens_per_s'] / peer['output_tokens_per_s']:.2f}x"
+    return " | ".join([*times, good, rate])
 
 
 def _times(ours: Numbers, peer: Numbers, column: str) -> str:
@@ -85,7 +93,8 @@ def _times(ours: Numbers, peer: Numbers, column: str) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
+    digits = 1 if value < 0.01 else 0
+    return f"{value * 1000:.{digits}f} ms" if value < 1 else f"{value:.1f} s"
 
 
 def _head(column: str) -> str:
