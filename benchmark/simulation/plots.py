@@ -82,13 +82,19 @@ def _draw(axes: Axes, panel: Panel, scenarios: dict[str, Any]) -> None:
         values = [panel.factor * of_one[panel.column] for of_one in numbers]
         offset = (place - (len(policies) - 1) / 2) * BAR
         at = [index + offset for index in range(len(values))]
-        axes.barh(at, values, BAR, label=LABELS[policy], color=COLOURS[policy])
+        if panel.is_log:  # where a bar would begin says nothing
+            axes.plot(values, at, "o", markersize=5, label=LABELS[policy], color=COLOURS[policy])
+        else:
+            axes.barh(at, values, BAR, label=LABELS[policy], color=COLOURS[policy])
     axes.set_yticks(range(len(scenarios)), list(scenarios))
     axes.set_ylim(len(scenarios) - 0.5, -0.5)  # the first scenario at the top
     if panel.is_log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    for edge in range(1, len(scenarios)):
+        axes.axhline(edge - 0.5, linewidth=0.4, color="0.8")
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -118,7 +118,7 @@ def save(folder: Path, sizes: Sizes, weights: dict[str, Tensor], tokenizer: Toke
     """Write everything that serving needs; weights are stored in bf16 under the hub's names."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in _configs(sizes).items():
+    for name, content in configs(sizes).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     stored = {
         name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()
@@ -128,7 +128,8 @@ def save(folder: Path, sizes: Sizes, weights: dict[str, Tensor], tokenizer: Toke
     partial.rename(folder / "model.safetensors")
 
 
-def _configs(sizes: Sizes) -> dict[str, dict[str, object]]:
+def configs(sizes: Sizes) -> dict[str, dict[str, object]]:
+    """The JSON files of the checkpoint, by name."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {str(i): {"content": token, **flags, "special": True} for token, i in SPECIAL.items()}
     return {

@@ -1,6 +1,8 @@
 """The simulator counts rightly, and the scheduler keeps its promises in simulated time."""
 
+import importlib.util
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,9 +13,11 @@ import pytest
 from benchmark.simulate import main
 from benchmark.simulation import mixes, trace
 from benchmark.simulation.device import CPU, H200, Device, Work
+from benchmark.simulation.encoder_cache import EncoderCache
 from benchmark.simulation.report import Numbers, gaps_of, percentile
 from benchmark.simulation.run import Record, Simulation
 from benchmark.simulation.scenarios import (
+    PEERS,
     POLICIES,
     ROUTER_COSTS,
     SCENARIOS,
@@ -141,7 +145,7 @@ def test_every_request_ends_and_every_token_is_counted(name: str, policy: str) -
 
 
 def check_budgets(simulation: Simulation, options: Options, policy: str) -> None:
-    if policy == "tessera":
+    if policy != "tgi":  # which rounds its budget up to whole blocks
         assert simulation.totals.max_step_tokens <= options.max_batch_prefill_tokens
         assert simulation.totals.max_running <= options.max_batch_size
     assert simulation.totals.busy_s <= simulation.totals.end_s
@@ -236,15 +240,72 @@ def test_waiting_ends_after_max_waiting_tokens(max_waiting_tokens: int) -> None:
         assert waited.started_step - waited.arrived_step <= max_waiting_tokens + steps_ahead
 
 
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_goodput_is_not_below_first_in_first_out(name: str) -> None:
-    ours, peer = (replayed(name, policy)["all"] for policy in ("tessera", "tgi"))
-    assert ours["good_share"] >= peer["good_share"] - 0.02  # a handful of requests
+def test_goodput_is_not_below_first_in_first_out(name: str, peer: str) -> None:
+    ours, theirs = (replayed(name, policy)["all"] for policy in ("tessera", peer))
+    assert ours["good_share"] >= theirs["good_share"] - 0.02  # a handful of requests
 
 
 def test_a_greedy_key_delays_itself() -> None:
     ours, peer = (replayed("greedy key", policy)["others"] for policy in ("tessera", "tgi"))
     assert ours["ttft_p50_s"] < peer["ttft_p50_s"] / 5
+
+
+# The model of vLLM v1
+
+
+def test_vllm_shares_prefixes_and_pictures() -> None:
+    chat = mixes.conversations(Random(5), [0.0], turns=10, think_s=2.0)
+    simulation, records = run(chat, Options(), "vllm")
+    assert simulation.totals.images == 1
+    known = len(records[-2].arrival.request.prompt_ids) + len(records[-2].arrival.output_ids)
+    assert known - records[-1].sequence.num_cached <= 16
+
+
+def test_vllm_preempts_and_loses_nothing() -> None:
+    simulation, records = run(streams(32, tokens=200), Options(kv_tokens=4096), "vllm")
+    assert simulation.policy.num_preemptions > 0
+    assert all(len(record.token_times) == 200 for record in records)
+    assert simulation.policy.pool.num_free == simulation.policy.pool.num_blocks
+
+
+def test_vllm_lets_nobody_overtake() -> None:
+    long = mixes.long_prompts(Random(1), [0.1], tokens=7500)
+    short = mixes.chat(Random(2), [0.2], prompt=Lengths(median=50, sigma=0.0, most=50))
+    options = Options(kv_tokens=8192)  # no room for the long one beside the others
+    started = {}
+    for policy in ("vllm", "tessera"):
+        _, records = run([*streams(12), *long, *short], options, policy)
+        started[policy] = [record.started_step for record in records[-2:]]
+    assert started["vllm"] == sorted(started["vllm"])
+    assert started["tessera"][1] < started["tessera"][0]
+
+
+@pytest.mark.parametrize("name", ["pictures", "picture bursts"])
+def test_vllm_keeps_no_more_features_than_a_step_has_tokens(name: str) -> None:
+    most = SCENARIOS[name].options.max_batch_prefill_tokens
+    assert 0 < replayed(name, "vllm")["all"]["max_feature_tokens"] <= most
+
+
+def test_vllm_plans_ahead_only_if_told() -> None:
+    ahead, _ = run(streams(32), Options(lookahead=1), "vllm")
+    behind, _ = run(streams(32), Options(lookahead=0), "vllm")
+    assert ahead.totals.end_s < behind.totals.end_s
+
+
+def test_encoder_cache_forgets_what_nobody_reads() -> None:
+    rng = Random(0)
+    first, second = (trace.picture(rng) for _ in range(2))
+    cache = EncoderCache(first.num_tokens + second.num_tokens - 1)
+    assert not cache.hold(first, 1) and cache.make_room(first.num_tokens)
+    cache.store(first, 1)
+    assert cache.hold(first, 2) and not cache.make_room(second.num_tokens)
+    cache.release(first, 1)
+    assert not cache.make_room(second.num_tokens)
+    cache.release(first, 2)
+    assert cache.make_room(second.num_tokens) and cache.used == 0
+    assert not cache.hold(first, 3)
 
 
 # The command and what it wrote
@@ -267,3 +328,39 @@ def test_readme_shows_the_stored_results() -> None:
     assert RESULTS.stat().st_size < 100_000
     text = README.read_text()
     assert with_ratios(text, report) == text, "run `python -m benchmark.simulate --readme`"
+    assert all(set(result["policies"]) == set(POLICIES) for result in report["scenarios"].values())
+
+
+def test_readme_shows_charts_that_are_there_and_small() -> None:
+    charts = re.findall(r"!\[.*\]\((results/\w+\.svg)\)", README.read_text())
+    assert {(README.parent / chart) for chart in charts} == set(RESULTS.parent.glob("*.svg"))
+    assert all((README.parent / chart).stat().st_size < 60_000 for chart in charts)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="charts need `pip install -e '.[bench]'`"
+)
+def test_stored_charts_show_the_stored_results(tmp_path: Path) -> None:
+    from benchmark.simulation.plots import write_plots
+
+    for path in write_plots(json.loads(RESULTS.read_text()), tmp_path):
+        assert shape(path) == shape(RESULTS.parent / path.name), "run with --plots"
+
+
+def shape(path: Path) -> list[str]:
+    """What an SVG file draws, without what another version of matplotlib may write otherwise."""
+    return re.findall(r"<use [^>]*x=\"[^>]*>", path.read_text())
+
+
+def test_charts_are_asked_for_in_words_when_matplotlib_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["--plots", str(tmp_path)])
+    assert ".[bench]" in capsys.readouterr().err
+
+
+def test_readme_is_written_from_all_results_only() -> None:
+    with pytest.raises(SystemExit):
+        main(["--readme", "--policy", "vllm"])

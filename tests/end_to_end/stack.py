@@ -56,9 +56,9 @@ class Stack:
             self.process.kill()
 
     def metric(self, name: str) -> float:
-        """One sample of /metrics without labels."""
-        text = httpx.get(f"{self.url}/metrics").text
-        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        """One sample of /metrics; labels, if it has any, belong to its name."""
+        text = httpx.get(f"{self.url}/metrics", verify=False).text  # loads no certificates
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found, f"{name} is not in /metrics"
         return float(found[1])
 
@@ -67,6 +67,9 @@ class Stack:
         while (seen := self.metric(name)) != value:
             assert time.monotonic() < deadline, f"{name} is {seen}, not {value}"
             time.sleep(0.05)
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=60)
 
     def post(self, path: str, body: object, timeout: float = 60) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=timeout)
@@ -77,9 +80,10 @@ class Stack:
         return str(json.loads(reply.text)["generated_text"])
 
 
-def start(model: Path, *flags: str, **environ: str) -> Stack:
-    """Start a launcher; the caller stops it."""
-    command = [sys.executable, "-m", "tessera.launcher.main", "--model-id", str(model)]
+def start(model: Path | None, *flags: str, **environ: str) -> Stack:
+    """Start a launcher, with the demo model if none is named; the caller stops it."""
+    command = [sys.executable, "-m", "tessera.launcher.main"]
+    command += [] if model is None else ["--model-id", str(model)]
     command += ["--hostname", "127.0.0.1", "--port", "0", *flags]
     process = subprocess.Popen(
         command,
@@ -94,7 +98,7 @@ def start(model: Path, *flags: str, **environ: str) -> Stack:
 
 
 @contextlib.contextmanager
-def running(model: Path, *flags: str, **environ: str) -> Iterator[Stack]:
+def running(model: Path | None, *flags: str, **environ: str) -> Iterator[Stack]:
     """A ready stack, stopped at the end of the block."""
     stack = start(model, *flags, **environ)
     try:
