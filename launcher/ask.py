@@ -22,6 +22,7 @@ from PIL import Image
 
 from tessera.launcher.devices import Machine, find_devices
 from tessera.launcher.errors import LaunchError
+from tessera.launcher.foreground import terminal_to_ourselves
 from tessera.launcher.settings import Settings
 from tessera.launcher.terminal_picture import half_blocks
 from tessera.proto.env import SettingsError, process_environment
@@ -262,4 +263,6 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal_to_ourselves():
+        code = main()
+    sys.exit(code)

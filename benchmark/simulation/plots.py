@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmark.simulation.report import Numbers
 
@@ -90,7 +91,9 @@ def _draw(axes: Axes, panel: Panel, scenarios: dict[str, Any]) -> None:
     axes.set_ylim(len(scenarios) - 0.5, -0.5)  # the first scenario at the top
     if panel.is_log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     for edge in range(1, len(scenarios)):

@@ -69,7 +69,7 @@ class Stack:
             time.sleep(0.05)
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=60)
+        return httpx.AsyncClient(base_url=self.url, timeout=60, verify=False)
 
     def post(self, path: str, body: object, timeout: float = 60) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=timeout)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tessera.launcher import demo as demo_package
@@ -79,18 +80,16 @@ def test_a_seeded_answer_is_the_same_in_50_shuffled_companies(stack: Stack) -> N
     bodies = [SEEDED, *COMPANY]
     expected = alone(stack, bodies)
 
-    async def one_round() -> None:
+    async def one_round(client: httpx.AsyncClient) -> None:
         order = rng.sample(range(len(bodies)), rng.randrange(3, len(bodies) + 1))
         order += [] if 0 in order else [0]
-        async with stack.client() as client:
-            answers = await asyncio.gather(
-                *(token_ids(client, varied(bodies[n], rng), rng.random() * 0.05) for n in order)
-            )
-        assert answers == [expected[n] for n in order]
+        asked = (token_ids(client, varied(bodies[n], rng), rng.random() * 0.05) for n in order)
+        assert await asyncio.gather(*asked) == [expected[n] for n in order]
 
     async def go() -> None:
-        for _ in range(ROUNDS):
-            await one_round()
+        async with stack.client() as client:
+            for _ in range(ROUNDS):
+                await one_round(client)
 
     asyncio.run(go())
 
@@ -318,7 +317,7 @@ def test_generated_tokens_are_found_by_the_next_request(demo: Stack) -> None:
 
 def test_salts_and_cache_prompt_keep_prompts_apart(demo: Stack) -> None:
     messages = [about(SAMPLES / "sign.png", "What does the sign say?")]
-    answer, prompt_tokens, cached = chat(demo, messages, cache_prompt=False)
+    answer, prompt_tokens, _ = chat(demo, messages, cache_prompt=False)
     pictures = encoded(demo)
     findable = whole_blocks(prompt_tokens - 1)  # the last one is always computed
     answers = [
