@@ -133,6 +133,7 @@ def _server_config(app: Starlette, settings: RouterSettings) -> uvicorn.Config:
         app,
         log_config=None,
         access_log=False,
+        lifespan="off",  # the app has none, and one that is cut off fills the log
         timeout_graceful_shutdown=settings.graceful_termination_timeout,
         timeout_keep_alive=75,  # longer than the usual load balancer's, so that it closes first
         server_header=False,

@@ -5,7 +5,8 @@ says of it is not a measurement of that software. Where a detail was in doubt, t
 favours it was taken. Modelled:
 
     budget           one of tokens for each step; whoever runs comes first, in the order of
-                     admission, a decode with one token and a prompt with all that is left
+                     admission, a decode with one token and a prompt with all that is left. So
+                     prompts that waited for their pictures stall decodes admitted after them
     queue            strict first come, first served; the first request that cannot start now ends
                      the scan. No keys, no overtaking
     admission        when the whole known sequence fits the free blocks, and the batch size allows;
@@ -21,8 +22,9 @@ favours it was taken. Modelled:
     clients leaving  noticed at once
 
 The budget is MAX_BATCH_PREFILL_TOKENS for both, as ratios at different budgets would say little;
-its own default on a device of this class is larger, which trades longer stalls for earlier first
-tokens. Features count as its defaults say: as many as the token budget, or one largest picture.
+its own default on a device of this class is larger, which here lengthens its stalls and hardly
+changes its first tokens (`--set max_batch_prefill_tokens=8192`). Features are bounded as its
+defaults say: as many as the token budget, or one largest picture.
 
 Not modelled: priorities, speculative decoding, structured output, cascade attention, transfers of
 caches, the limit on concurrent long prompts (off by default).

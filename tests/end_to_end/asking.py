@@ -18,7 +18,7 @@ Body = dict[str, Any]
 Event = dict[str, Any]
 
 EOS = "2"  # of the tiny checkpoints
-FIRST_WORD, WORDS = 260, 300  # ids of the tiny checkpoints that are pieces of words
+FIRST_WORD, WORDS = 260, 240  # ids of the tiny checkpoints that are pieces of words
 
 
 def png(width: int, height: int, seed: int) -> str:

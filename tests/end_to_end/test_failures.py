@@ -18,14 +18,15 @@ from tests.end_to_end.stack import Stack, running, start
 
 pytestmark = pytest.mark.timeout(300)
 
-POISON = 590  # an ordinary token that `words` never gives
+POISON, POISONED_WORD = 532, "picture"  # an ordinary token that `words` never gives
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 
 # Blocks of 16: the healthy and the poisoned share two, and the poison is in one that gets full.
 PREFIX = words(1, 35)
-HEALTHY = {"prompt": [*PREFIX, *words(2, 4)], "max_tokens": 12, "temperature": 0}
-POISONED = {"prompt": [*PREFIX, POISON, *words(3, 30)], "max_tokens": 12, "temperature": 0}
-OTHERS = [{"prompt": words(n, 60), "max_tokens": 12, "temperature": 0} for n in range(4, 8)]
+GREEDY = {"max_tokens": 12, "temperature": 0, "logit_bias": {str(POISON): -100}}
+HEALTHY = {"prompt": [*PREFIX, *words(2, 4)], **GREEDY}
+POISONED = {"prompt": [*PREFIX, POISON, *words(3, 30)], **GREEDY}
+OTHERS = [{"prompt": words(n, 60), **GREEDY} for n in range(4, 8)]
 # Whoever asks for this gets the poison as its first token, which then is read.
 POISONS_ITSELF = {"prompt": words(9, 20), "max_tokens": 12, "logit_bias": {str(POISON): 100}}
 
@@ -94,8 +95,7 @@ def test_a_poisoned_request_fails_alone(stack: Stack) -> None:
 
 def test_a_stream_that_cannot_begin_has_the_status_of_its_error(stack: Stack) -> None:
     assert_failed_with_a_cause(complete(stack, POISONED | {"stream": True}))
-    token = stack.post("/v1/completions", POISONS_ITSELF | {"max_tokens": 1})
-    native = {"inputs": f"[INST] {answer(token).strip()} [/INST]"}
+    native = {"inputs": f"[INST] a {POISONED_WORD} of a dog [/INST]"}
     for path in ("/generate", "/generate_stream"):
         reply = stack.post(path, native)
         assert reply.status_code == 424, reply.text
@@ -122,8 +122,8 @@ POSITIONS = 131_072
 
 @pytest.fixture(scope="module")
 def spacious(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose longest sequence takes 12 GiB of cache."""
-    text = {"max_position_embeddings": POSITIONS, "num_key_value_heads": 4, "head_dim": 1024}
+    """A checkpoint whose longest sequence takes 3 GiB of cache."""
+    text = {"max_position_embeddings": POSITIONS, "num_key_value_heads": 4, "head_dim": 256}
     folder = tmp_path_factory.mktemp("spacious") / "model"
     return checkpoints.make("next-mistral", folder, {"text_config": text})
 
