@@ -8,8 +8,10 @@ from tessera.router.scheduler import SchedulerLimits
 from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardsInfo
 
-STEP_TILES, CPU_STEP_TILES = 40, 5
-"""Tiles of CLIP-L cost 0.37 TFLOP each: 40 take a large GPU some 30 ms, 5 a processor a second."""
+STEP_TILES, CPU_STEP_TILES = 8, 5
+"""A picture or two of at most five tiles. Pictures that are ready all at once would fill the token
+budget one after the other, and text behind them would wait (benchmark/README.md has the figures);
+a device is busy with a few tiles already: each is 0.37 TFLOP for CLIP-L."""
 
 
 def batch_size(settings: RouterSettings) -> int:

@@ -67,7 +67,7 @@ class RouterSettings:
         number(0.001),
     )
     max_step_tiles: int | None = setting(
-        None, "image tiles encoded in one step; empty: 40, or 5 on cpu", integer(1)
+        None, "image tiles encoded in one step; empty: 8, or 5 on cpu", integer(1)
     )
     lookahead: int = setting(
         1,

@@ -240,15 +240,7 @@ def test_waiting_ends_after_max_waiting_tokens(max_waiting_tokens: int) -> None:
         assert waited.started_step - waited.arrived_step <= max_waiting_tokens + steps_ahead
 
 
-BEHIND = pytest.mark.xfail(
-    reason="40 tiles a step by default: pictures that are ready crowd out text; 8 do not",
-    strict=True,
-)
-PAIRS = [
-    pytest.param(name, peer, marks=[BEHIND] if (name, peer) == ("picture bursts", "vllm") else [])
-    for name in SCENARIOS
-    for peer in PEERS
-]
+PAIRS = [(name, peer) for name in SCENARIOS for peer in PEERS]
 
 
 @pytest.mark.parametrize(("name", "peer"), PAIRS)

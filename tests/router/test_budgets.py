@@ -338,7 +338,7 @@ def test_settings_reach_the_scheduler(files: ModelFiles) -> None:
     assert (worst.max_step_tokens, worst.max_step_tiles) == (4096, 11)
 
 
-@pytest.mark.parametrize(("device", "tiles"), [("cpu", 5), ("cuda:0", 40), ("xpu:0", 40)])
+@pytest.mark.parametrize(("device", "tiles"), [("cpu", 5), ("cuda:0", 8), ("xpu:0", 8)])
 def test_tiles_of_a_step_where_nothing_is_asked(files: ModelFiles, device: str, tiles: int) -> None:
     info = replace(INFO, device=device)
     assert scheduler_limits(settings_of(), info).max_step_tiles == tiles

@@ -73,7 +73,7 @@ def test_a_text_model_is_asked_for_no_pictures(checkpoint: Callable[[str], Path]
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "expected"), [("cpu", None, 5), ("cuda:0", None, 40), ("cpu", 9, 9)]
+    ("device", "asked", "expected"), [("cpu", None, 5), ("cuda:0", None, 8), ("cpu", 9, 9)]
 )
 def test_a_processor_encodes_fewer_pictures_at_once(
     files: ModelFiles, device: str, asked: int | None, expected: int
