@@ -68,8 +68,13 @@ def clear_stale_sockets(prefix: str, world_size: int) -> None:
     """Remove sockets that a killed server left at a path the user chose.
 
     Raises:
-        LaunchError: somebody answers there: another server lives.
+        LaunchError: somebody answers there: another server lives. Or nothing can be put there.
     """
+    folder = Path(prefix).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LaunchError(
+            f"{folder} is no folder this user may write to; set SHARD_UDS_PATH to a path in one."
+        )
     for rank in range(world_size):
         path = Path(f"{prefix}-{rank}")
         if not path.is_socket():

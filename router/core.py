@@ -127,11 +127,15 @@ class Core:
         try:
             await self._run_steps(self._scheduler)
         except ShardsLost as error:
-            self._lost = str(error)
-            logger.error("%s", error)
-            for flight in list(self._in_flight.values()):
-                self._fail(flight, GenerationError("a shard was lost; the request can be retried"))
+            self.lose(error)
             raise
+
+    def lose(self, error: ShardsLost) -> None:
+        """Tell every request under way that the shards are gone, and take no more of them."""
+        self._lost = str(error)
+        logger.error("%s", error)
+        for flight in list(self._in_flight.values()):
+            self._fail(flight, GenerationError("a shard was lost; the request can be retried"))
 
     async def _run_steps(self, scheduler: Scheduler) -> None:
         """Keep up to `lookahead` steps planned beyond the one whose tokens are awaited."""

@@ -44,12 +44,13 @@ def warmup_request(
     """The worst step these settings allow, and the most cache they can use.
 
     Raises:
-        SettingsError: MAX_TOTAL_TOKENS is longer than the model's window.
+        SettingsError: MAX_TOTAL_TOKENS is longer than the model's window, or
+            MAX_BATCH_TOTAL_TOKENS shorter than a block.
     """
     _check_window(settings.max_total_tokens, files)
     max_total = settings.max_total_tokens or files.max_positions
     if settings.max_batch_total_tokens is not None:
-        max_blocks = settings.max_batch_total_tokens // info.block_size
+        max_blocks = _asked_blocks(settings.max_batch_total_tokens, info.block_size)
     else:
         max_blocks = batch_size(settings) * -(-max_total // info.block_size)
     return shard_pb2.WarmupRequest(
@@ -69,6 +70,15 @@ def _check_window(max_total_tokens: int | None, files: ModelFiles) -> None:
             f"MAX_TOTAL_TOKENS={max_total_tokens} is over the {files.max_positions} positions of "
             "this model; lower it."
         )
+
+
+def _asked_blocks(max_batch_total_tokens: int, block_size: int) -> int:
+    if max_batch_total_tokens < block_size:  # no blocks would ask the shards for all that fit
+        raise SettingsError(
+            f"MAX_BATCH_TOTAL_TOKENS={max_batch_total_tokens} is less than one block of "
+            f"{block_size} tokens; raise it or lower BLOCK_SIZE."
+        )
+    return max_batch_total_tokens // block_size
 
 
 def _feature_tokens(settings: RouterSettings, files: ModelFiles) -> int:

@@ -19,6 +19,7 @@ from tessera.router.app import create_app
 from tessera.router.blocks import BlockPool
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.core import Core
+from tessera.router.http_protocol import GuardedHttp
 from tessera.router.limits import scheduler_limits, serving_limits, warmup_request
 from tessera.router.metrics import Metrics
 from tessera.router.model_files import ModelFiles, ModelFilesError
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LOST_A_SHARD = 2
 """Exit status when the shards are gone: distinct from a wrong setting (1)."""
+
+FAREWELL_S = 2.0
+"""How long clients get to read that their requests are lost."""
 
 
 def main() -> None:
@@ -79,6 +83,8 @@ async def _serve(settings: RouterSettings) -> int:
         await serving
     finally:
         server.should_exit = True
+        if not serving.done():  # the shards are gone; those who wait must still be told
+            await asyncio.wait([serving], timeout=FAREWELL_S)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError, ShardsLost, WarmupFailed):
             await running
@@ -113,7 +119,27 @@ async def _run_model(
         limits.max_batch_size,
     )
     _report_ready(settings.ready_fd)
-    await core.run()
+    await run_watched(core, shards)
+
+
+async def run_watched(core: Core, shards: ShardGroup) -> None:
+    """Run steps until cancelled, unless a rank hangs.
+
+    Raises:
+        ShardsLost: after every request under way has been told.
+    """
+    stepping = asyncio.create_task(core.run())
+    watching = asyncio.create_task(shards.watch())
+    try:
+        await asyncio.wait([stepping, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not stepping.done() and isinstance(error := watching.exception(), ShardsLost):
+            core.lose(error)
+            raise error
+        await stepping
+    finally:
+        for task in (stepping, watching):
+            task.cancel()
+        await asyncio.gather(stepping, watching, return_exceptions=True)
 
 
 def shard_targets(settings: RouterSettings) -> list[str]:
@@ -131,6 +157,7 @@ def _drain(core: Core, server: uvicorn.Server) -> None:
 def _server_config(app: Starlette, settings: RouterSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=GuardedHttp,
         log_config=None,
         access_log=False,
         lifespan="off",  # the app has none, and one that is cut off fills the log

@@ -58,17 +58,25 @@ def parse_inputs(inputs: str) -> list[Part]:
     """
     parts: list[Part] = []
     end = 0
-    for match in _PICTURE.finditer(inputs):
-        source = match[1] if match[1] is not None else match[3]
-        if match[2] and not _SCHEME.match(source):
-            continue
+    for match in _pictures(inputs):
         if match.start() > end:
             parts.append(TextPart(inputs[end : match.start()]))
-        parts.append(ImagePart(source))
+        parts.append(ImagePart(match[1] if match[1] is not None else match[3]))
         end = match.end()
     if end < len(inputs):
         parts.append(TextPart(inputs[end:]))
     return parts
+
+
+def count_pictures(inputs: str) -> int:
+    """How many pictures `parse_inputs` would find; keeps none of them."""
+    return sum(1 for _ in _pictures(inputs))
+
+
+def _pictures(inputs: str) -> Iterator[re.Match[str]]:
+    for match in _PICTURE.finditer(inputs):
+        if not match[2] or _SCHEME.match(match[3]):
+            yield match
 
 
 def place_separate_images(parts: Sequence[Part], num_images: int) -> list[PlacedPart]:

@@ -15,7 +15,7 @@ from tessera.router.errors import TemplateError, ValidationError
 from tessera.router.model_files import ModelFiles
 from tessera.router.pictures import Pictures, reductions
 from tessera.router.pieces import PieceKind
-from tessera.router.prompt import ImagePart, TextPart, parse_inputs
+from tessera.router.prompt import ImagePart, Part, TextPart, count_pictures, parse_inputs
 from tessera.router.request import PlacedImage, PreparedImage
 from tessera.router.schemas import Message
 from tessera.router.settings import RouterSettings
@@ -118,7 +118,8 @@ class PromptBuilder:
         """
         match source:
             case TextPrompt(text):
-                parts = [p.text if isinstance(p, TextPart) else p for p in parse_inputs(text)]
+                parsed = await self._in(self._text_pool, lambda: self._parse(text))
+                parts = [p.text if isinstance(p, TextPart) else p for p in parsed]
                 return await self._encode(parts, text, True, max_tokens, truncate)
             case ChatPrompt(messages):
                 parts, add_special_tokens = await self._render(messages)
@@ -129,7 +130,7 @@ class PromptBuilder:
 
     async def tokenize(self, text: str, max_tokens: int) -> list[TokenSpan]:
         """The tokens of a native prompt, pictures included. Raises as `build` does."""
-        parsed = parse_inputs(text)
+        parsed = await self._in(self._text_pool, lambda: self._parse(text))
         parts = [p.text if isinstance(p, TextPart) else p for p in parsed]
         built = await self._encode(parts, text, True, max_tokens, None)
         return await self._in(self._text_pool, lambda: self._spans(text, parsed, built))
@@ -162,22 +163,29 @@ class PromptBuilder:
             raise ValidationError("the prompt has no tokens")
         return BuiltPrompt(ids, images, text, warnings)
 
+    def _parse(self, text: str) -> list[Part]:
+        """Take a native prompt apart, unless that would make millions of parts."""
+        self._check_num_images(count_pictures(text))
+        return parse_inputs(text)
+
     def _check_size(self, parts: Sequence[str | ImagePart], max_tokens: int) -> None:
         """What can be refused by counting, before work that grows with it."""
-        num_images = sum(isinstance(part, ImagePart) for part in parts)
-        if num_images and self._files.layout is None:
-            raise ValidationError("this model takes text only; the request holds pictures")
-        if num_images > self._settings.max_images:
-            raise ValidationError(
-                f"the request holds {num_images} pictures, over the limit of "
-                f"{self._settings.max_images} (MAX_IMAGES)"
-            )
+        self._check_num_images(sum(isinstance(part, ImagePart) for part in parts))
         num_characters = sum(len(part) for part in parts if isinstance(part, str))
         if num_characters > max_tokens * self._longest_piece:
             raise ValidationError(
                 f"`inputs` must have less than {max_tokens} tokens. Given: at least "
                 f"{num_characters // self._longest_piece} ({num_characters} characters of text). "
                 "Shorten the text, or raise MAX_INPUT_TOKENS."
+            )
+
+    def _check_num_images(self, num_images: int) -> None:
+        if num_images and self._files.layout is None:
+            raise ValidationError("this model takes text only; the request holds pictures")
+        if num_images > self._settings.max_images:
+            raise ValidationError(
+                f"the request holds {num_images} pictures, over the limit of "
+                f"{self._settings.max_images} (MAX_IMAGES)"
             )
 
     async def _prepare(

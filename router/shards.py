@@ -21,6 +21,11 @@ OPTIONS = [
 ]
 
 
+WATCH_INTERVAL_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+"""A rank is asked twice, so that one that hangs is found within 25 s."""
+
+
 class ShardsLost(Exception):
     """A rank is gone or answered out of order. The message names the rank."""
 
@@ -111,6 +116,17 @@ class ShardGroup:
         )
         return replies[0]
 
+    async def watch(
+        self, interval_s: float = WATCH_INTERVAL_S, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
+        """Ask every rank now and then for a sign of life; a rank that computes still gives it.
+
+        Raises:
+            ShardsLost: a rank did not answer twice in a row. Returns only by this.
+        """
+        ranks = range(len(self._stubs))
+        await asyncio.gather(*(self._watch(rank, interval_s, timeout_s) for rank in ranks))
+
     async def close(self) -> None:
         """Close the streams, which makes the shards forget every sequence, and the channels."""
         for stream in self._streams:
@@ -124,6 +140,18 @@ class ShardGroup:
                 return await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=5)
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(poll_s)
+
+    async def _watch(self, rank: int, interval_s: float, timeout_s: float) -> None:
+        num_missed = 0  # a machine that was paused as a whole misses one answer
+        while num_missed < 2:
+            if not num_missed:
+                await asyncio.sleep(interval_s)
+            try:
+                await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=timeout_s)
+                num_missed = 0
+            except grpc.aio.AioRpcError:
+                num_missed += 1
+        raise ShardsLost(f"rank {rank} has not answered for {2 * timeout_s:g} seconds")
 
     async def _reply(self, rank: int, stream: StepStream, step_id: int) -> shard_pb2.StepReply:
         try:

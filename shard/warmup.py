@@ -13,6 +13,7 @@ from tessera.shard.batch import Batch, BatchBuilder
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError
 from tessera.shard.models.base import ImageTiles
+from tessera.shard.resilience import is_out_of_memory
 from tessera.shard.sampler import SampleRow, sample
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,9 @@ WORKSPACE_SHARE = 0.05
 HOST_TRIAL_LAYERS = 1
 """A layer's intermediates are gone before the next one, so one layer takes what all do; on a
 processor the others would only take time."""
+
+Trial = Callable[[Engine, int], int]
+"""The memory a stage takes for so many tokens, tiles or sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +119,73 @@ def _try_worst_step(
     engine: Engine, request: shard_pb2.WarmupRequest, layout: ImageLayout | None
 ) -> StepMemory:
     """Run the stages of the largest legal step one after the other and watch the memory."""
-    on_host = engine.placement.backend.device.type == "cpu"
     vision = 0
     if layout is not None and request.max_step_tiles:
-        # Tiles are independent rows, so one picture tells what many take; a GPU runs them all.
-        tried = 1 if on_host else request.max_step_tiles
-        images = _blank_images(layout, tried)
-        measured = _peak_of(engine, lambda: engine.model.encode_images(images))
-        vision = measured * request.max_step_tiles // sum(image.tiles.shape[0] for image in images)
-    num_blocks = -(-request.max_step_tokens // engine.block_size)
-    engine.allocate_cache(num_blocks)
-    batch = _worst_batch(engine, request)
-    layers = HOST_TRIAL_LAYERS if on_host else engine.model.num_layers
-    caches = engine.trial_caches(layers)
-    forward = _peak_of(engine, lambda: _forward(engine, batch, caches))
-    sampling = _peak_of(engine, lambda: _sample(engine, request.max_batch_size))
+        vision = _stage(engine, "MAX_STEP_TILES", request.max_step_tiles, _vision_trial(layout))
+    forward = _stage(
+        engine, "MAX_BATCH_PREFILL_TOKENS", request.max_step_tokens, _forward_trial(request)
+    )
+    sampling = _stage(engine, "MAX_BATCH_SIZE", request.max_batch_size, _sampling_peak)
     width, dtype = engine.model.width, engine.placement.dtype
     features = request.max_feature_tokens * width * dtype.itemsize
     return StepMemory(vision, forward, sampling, features)
+
+
+def _stage(engine: Engine, setting: str, count: int, peak: Trial) -> int:
+    """Memory that one stage of the largest step takes, bytes.
+
+    Raises:
+        DeviceError: it ran out of memory; the message names a smaller step that does not.
+    """
+    # The other ranks of a group wait in the step that failed here, so it is not tried again.
+    is_single = engine.placement.group.world_size == 1
+    tried = count
+    while tried:
+        try:
+            measured = peak(engine, tried)
+        except Exception as error:
+            if not (isinstance(error, DeviceError) or is_out_of_memory(error)):
+                raise
+            tried //= 2
+            if not is_single:
+                break
+        else:
+            if tried == count:
+                return measured
+            break
+    raise DeviceError(
+        f"the device ran out of memory when a step of {setting}={count} was tried. "
+        f"Try {setting}={max(1, tried)}, or more shards (NUM_SHARD)."
+    )
+
+
+def _vision_trial(layout: ImageLayout) -> Trial:
+    def peak(engine: Engine, num_tiles: int) -> int:
+        # Tiles are independent rows, so one picture tells what many take; a GPU runs them all.
+        images = _blank_images(layout, 1 if _on_host(engine) else num_tiles)
+        measured = _peak_of(engine, lambda: engine.model.encode_images(images))
+        return measured * num_tiles // sum(image.tiles.shape[0] for image in images)
+
+    return peak
+
+
+def _forward_trial(request: shard_pb2.WarmupRequest) -> Trial:
+    def peak(engine: Engine, num_tokens: int) -> int:
+        engine.allocate_cache(-(-num_tokens // engine.block_size))
+        batch = _worst_batch(engine, num_tokens, request.max_context_len)
+        num_layers = HOST_TRIAL_LAYERS if _on_host(engine) else engine.model.num_layers
+        caches = engine.trial_caches(num_layers)
+        return _peak_of(engine, lambda: _forward(engine, batch, caches))
+
+    return peak
+
+
+def _sampling_peak(engine: Engine, num_rows: int) -> int:
+    return _peak_of(engine, lambda: _sample(engine, num_rows))
+
+
+def _on_host(engine: Engine) -> bool:
+    return engine.placement.backend.device.type == "cpu"
 
 
 def _peak_of(engine: Engine, work: Callable[[], object]) -> int:
@@ -151,15 +204,15 @@ def _peak_of(engine: Engine, work: Callable[[], object]) -> int:
     return max(0, (backend.peak_memory_bytes() or before) - before)
 
 
-def _worst_batch(engine: Engine, request: shard_pb2.WarmupRequest) -> Batch:
-    """As many prompt tokens as a step may hold, in sequences as long as allowed."""
+def _worst_batch(engine: Engine, num_tokens: int, max_context_len: int) -> Batch:
+    """So many prompt tokens, in sequences as long as allowed."""
     builder = BatchBuilder(engine.block_size, engine.placement.backend.device)
     chunks: list[shard_pb2.Chunk] = []
-    first_block, left = 1, request.max_step_tokens
+    first_block, left = 1, num_tokens
     while left > 0:
-        length = min(left, request.max_context_len)
+        length = min(left, max_context_len)
         num_blocks = -(-length // engine.block_size)
-        if first_block + num_blocks - 1 > -(-request.max_step_tokens // engine.block_size):
+        if first_block + num_blocks - 1 > -(-num_tokens // engine.block_size):
             break  # a sequence's last block may be part empty; the trial cache has no more
         chunks.append(
             shard_pb2.Chunk(

@@ -334,6 +334,16 @@ def test_salts_and_cache_prompt_keep_prompts_apart(demo: Stack) -> None:
     assert encoded(demo) == pictures
 
 
+def test_the_same_words_about_another_picture_find_nothing(demo: Stack) -> None:
+    shown = SAMPLES / "sign.png", SAMPLES / "tall.png"
+    sign, tall = ([about(path, "Which one is this?")] for path in shown)
+    expected, _, _ = chat(demo, tall, cache_prompt=False)
+    assert chat(demo, sign)[0] != expected
+    answer, _, cached = chat(demo, tall)
+    assert answer == expected
+    assert cached < BLOCK_SIZE * 2  # what stands before the picture
+
+
 def test_a_picture_that_many_ask_about_at_once_is_encoded_once(demo: Stack) -> None:
     pictures, hits = encoded(demo), demo.metric("tessera_vision_cache_hits")
     data = base64.b64encode((SAMPLES / "plate.png").read_bytes()).decode()

@@ -91,6 +91,11 @@ def test_a_dead_socket_is_removed_and_a_living_one_is_not(tmp_path: Path) -> Non
         assert Path(f"{prefix}-1").exists()
 
 
+def test_sockets_need_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="set SHARD_UDS_PATH"):
+        clear_stale_sockets(str(tmp_path / "missing" / "shard"), 2)
+
+
 def test_a_local_model(model_folder: Path) -> None:
     assert local_folder(str(model_folder)) == model_folder
     assert local_folder("owner/model", str(model_folder)) == model_folder

@@ -67,6 +67,12 @@ def test_the_cache_is_never_larger_than_can_be_used(files: ModelFiles) -> None:
     assert warmup_request(settings, INFO, files).max_blocks == 6
 
 
+def test_a_cache_of_less_than_a_block_is_refused(files: ModelFiles) -> None:
+    assert warmup_request(RouterSettings(max_batch_total_tokens=16), INFO, files).max_blocks == 1
+    with pytest.raises(SettingsError, match="MAX_BATCH_TOTAL_TOKENS=15 is less than one block"):
+        warmup_request(RouterSettings(max_batch_total_tokens=15), INFO, files)
+
+
 def test_a_text_model_is_asked_for_no_pictures(checkpoint: Callable[[str], Path]) -> None:
     request = warmup_request(RouterSettings(), INFO, ModelFiles.read(checkpoint("llama")))
     assert (request.max_step_tiles, request.max_feature_tokens) == (0, 0)

@@ -93,8 +93,13 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
     def __init__(self, rank: int, fault: str = "") -> None:
         self.rank = rank
         self.fault = fault
+        self.num_asked = 0
+        self.hiccup = 3 if fault == "stutters" else 0
 
     async def Info(self, request: object, context: object) -> shard_pb2.InfoReply:  # noqa: N802
+        self.num_asked += 1
+        if self.num_asked > 1 and (self.fault == "hangs" or self.num_asked == self.hiccup):
+            await asyncio.sleep(60)
         return shard_pb2.InfoReply(rank=self.rank, world_size=2, block_size=16, model_type="llama")
 
     async def Warmup(  # noqa: N802
@@ -178,3 +183,16 @@ def test_a_warm_up_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, fault: str) -> None:
     with pytest.raises(ShardsLost, match="rank 1"):
         with_ranks(tmp_path, ("", fault), two_steps)
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ShardsLost, match="rank 1 has not answered"):
+        with_ranks(tmp_path, ("", "hangs"), lambda group: group.watch(0.01, 0.1))
+
+
+def test_one_missed_answer_is_forgiven(tmp_path: Path) -> None:
+    async def watch_a_while(group: ShardGroup) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(group.watch(0.01, 0.5), 2)
+
+    with_ranks(tmp_path, ("", "stutters"), watch_a_while)

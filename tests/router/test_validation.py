@@ -367,6 +367,25 @@ def test_pictures_are_counted_before_they_are_decoded(make_validator: MakeValida
         build(make_validator("next-mistral", max_images=2), native(text))
 
 
+def test_millions_of_pictures_do_not_hold_up_others(make_validator: MakeValidator) -> None:
+    validator = make_validator("next-mistral")
+
+    async def longest_pause_s() -> float:
+        refusing = asyncio.ensure_future(
+            validator.build(validator.plan_native(native("![](a)" * 500_000), streaming=False), 0)
+        )
+        longest = 0.0
+        while not refusing.done():
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+        with pytest.raises(ValidationError, match="holds 500000 pictures, over the limit"):
+            await refusing
+        return longest
+
+    assert asyncio.run(longest_pause_s()) < 0.3  # taking it apart on the loop took a second
+
+
 def test_bad_pictures_are_refused_without_an_echo(make_validator: MakeValidator) -> None:
     validator = make_validator("next-mistral", max_image_pixels=1000)
     for source in ("file:///etc/passwd", "http://10.0.0.1/SECRET", "SECRET!", picture(100, 100)):

@@ -351,3 +351,12 @@ def test_warm_up_that_does_not_fit_names_settings_values_that_fit_and_what_takes
     assert 6_000 * fitting / 64 <= 20_000 - 1_000 - 64 * 256
     # The values it names do fit.
     warm_up(small_engine(model, 20_000, 6_000), request(max_context_len=200), 1.0, None)
+
+
+def test_a_step_that_runs_out_of_memory_while_it_is_tried_names_one_that_does_not(
+    model: TableModel,
+) -> None:
+    model.room = 20  # of the 64 tokens
+    with pytest.raises(DeviceError, match=r"MAX_BATCH_PREFILL_TOKENS=64 .*TOKENS=16.*NUM_SHARD"):
+        warm_up(small_engine(model, 100_000, 20_000), request(), 1.0, None)
+    warm_up(small_engine(model, 100_000, 20_000), request(max_step_tokens=16), 1.0, None)

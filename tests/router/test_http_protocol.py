@@ -1,0 +1,120 @@
+"""What a client sends outside of bodies is bounded, in bytes and in time."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from tessera.router.http_protocol import GuardedHttp
+from tests.router.http_fakes import wait_until
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+async def answer_length(scope: Any, receive: Any, send: Any) -> None:
+    """An app that reads the body and says how long it was; /slow takes a while to answer."""
+    num_bytes, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        num_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    await asyncio.sleep(0.8 if scope["path"] == "/slow" else 0)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"%d bytes" % num_bytes})
+
+
+class Impatient(GuardedHttp):
+    read_timeout_s = 0.3
+
+
+@contextlib.contextmanager
+def connected(protocol: type[GuardedHttp] = GuardedHttp) -> Iterator[socket.socket]:
+    """A connection to a server that speaks `protocol`."""
+    config = uvicorn.Config(
+        answer_length, host="127.0.0.1", port=0, http=protocol, log_config=None, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    address = server.servers[0].sockets[0].getsockname()
+    try:
+        with socket.create_connection(address, timeout=5) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    """Everything until the server closes the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := client.recv(65_536):
+            received += piece
+    return received
+
+
+def send_until_refused(client: socket.socket, piece: bytes, times: int) -> None:
+    with contextlib.suppress(OSError):
+        for _ in range(times):
+            client.sendall(piece)
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (b"GET /", b"a" * 1000),
+        (HEAD + b"X-Long: ", b"a" * 1000),
+        (HEAD, b"a: b\r\n" * 100),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;", b"a" * 1000),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"a: b\r\n" * 100),
+    ],
+    ids=["url", "header", "headers", "chunk extension", "trailers"],
+)
+def test_an_endless_head_is_cut_off(start: bytes, piece: bytes) -> None:
+    with connected() as client:
+        client.sendall(start)
+        send_until_refused(client, piece, 3000)
+        assert b"200 OK" not in read_to_end(client)
+
+
+def test_what_is_no_http_is_refused_in_json() -> None:
+    with connected() as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
+        head, _, body = read_to_end(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert set(json.loads(body)) == {"error", "error_type"}
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST", HEAD + b"Content-Length: 9\r\n\r\n1234"])
+def test_a_silent_client_is_dropped(sent: bytes) -> None:
+    with connected(Impatient) as client:
+        client.sendall(sent)
+        assert read_to_end(client) == b""
+
+
+def test_a_slow_answer_and_a_large_body_are_fine() -> None:
+    with connected(Impatient) as client:
+        body = b"a" * 3_000_000
+        request = b"POST /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        client.sendall(request + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert b"3000000 bytes" in read_to_end(client)
+
+
+def test_a_connection_serves_request_after_request() -> None:
+    with connected() as client:
+        for _ in range(3):
+            client.sendall(HEAD + b"Content-Length: 2\r\n\r\nab")
+            received = b""
+            while b"2 bytes" not in received:
+                received += client.recv(65_536)
+            assert received.startswith(b"HTTP/1.1 200 ")
