@@ -134,8 +134,12 @@ class Core:
         """Tell every request under way that the shards are gone, and take no more of them."""
         self._lost = str(error)
         logger.error("%s", error)
+        self.end_all("a shard was lost; the request can be retried")
+
+    def end_all(self, reason: str) -> None:
+        """End every request under way with an error that says why."""
         for flight in list(self._in_flight.values()):
-            self._fail(flight, GenerationError("a shard was lost; the request can be retried"))
+            self._fail(flight, GenerationError(reason))
 
     async def _run_steps(self, scheduler: Scheduler) -> None:
         """Keep up to `lookahead` steps planned beyond the one whose tokens are awaited."""
@@ -204,7 +208,10 @@ class Core:
         for failure in reply.failures:
             if flight := self._in_flight.get(failure.sequence_id):
                 logger.warning("request %d failed: %s", failure.sequence_id, failure.message)
-                self._fail(flight, GenerationError(failure.message))
+                if flight.sequence.has_borrowed:
+                    self._start_over(flight, scheduler)
+                else:
+                    self._fail(flight, GenerationError(failure.message))
         for scored in reply.prompt_logprobs:
             if flight := self._in_flight.get(scored.sequence_id):
                 flight.add_prompt_logprobs(scored.first_position, scored.logprobs)
@@ -225,6 +232,13 @@ class Core:
     def _fail(self, flight: InFlight, error: RouterError) -> None:
         flight.stream.push(error)
         self.cancel(flight.sequence, is_tainted=True)
+
+    def _start_over(self, flight: InFlight, scheduler: Scheduler) -> None:
+        """Whoever read what another had computed may have failed by the other's fault."""
+        del self._in_flight[flight.sequence.sequence_id]
+        flight.sequence = scheduler.start_over(flight.sequence, next(self._ids))
+        flight.stream.follow(partial(self.cancel, flight.sequence))
+        self._in_flight[flight.sequence.sequence_id] = flight
 
     def _report_load(self, scheduler: Scheduler) -> None:
         pool, size = scheduler.pool, scheduler.pool.block_size

@@ -39,6 +39,10 @@ class RequestStream:
             if event.completion is not None:
                 return
 
+    def follow(self, cancel: Callable[[], None]) -> None:
+        """Its request goes on as another sequence, which `cancel` forgets."""
+        self._cancel = cancel
+
     def close(self) -> None:
         """Cancel if still running; its blocks are free at once, the shards hear of it next step."""
         self._cancel()

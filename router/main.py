@@ -73,7 +73,7 @@ async def _serve(settings: RouterSettings) -> int:
     server = _Server(_server_config(app, settings))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _drain, core, server)
+        loop.add_signal_handler(number, _drain, core, server, settings.graceful_termination_timeout)
     serving = asyncio.create_task(server.serve(sockets=[_http_socket(settings)]))
     running = asyncio.create_task(_run_model(settings, core, shards, files))
     try:
@@ -147,11 +147,16 @@ def shard_targets(settings: RouterSettings) -> list[str]:
     return [f"unix:{settings.shard_uds_path}-{rank}" for rank in range(settings.num_shard or 1)]
 
 
-def _drain(core: Core, server: uvicorn.Server) -> None:
-    """Stop taking requests; uvicorn lets those under way finish."""
+def _drain(core: Core, server: uvicorn.Server, timeout_s: float) -> None:
+    """Stop taking requests; those under way finish, or are told shortly before they are cut off."""
     logger.info("draining")
     core.drain()
     server.should_exit = True
+    asyncio.get_running_loop().call_later(
+        max(0.0, timeout_s - FAREWELL_S),
+        core.end_all,
+        "the server is shutting down; send the request to another one",
+    )
 
 
 def _server_config(app: Starlette, settings: RouterSettings) -> uvicorn.Config:

@@ -169,6 +169,26 @@ class Scheduler:
         self.images.done(sequence.sequence_id, _images_of(sequence))
         self._give_back(sequence)
 
+    def start_over(self, sequence: Sequence, sequence_id: int) -> Sequence:
+        """Queue a failed sequence once more, under another id and apart from the cache.
+
+        What it had borrowed may be at fault: another one's failure that it has read.
+        """
+        again = Sequence(sequence_id, sequence.request, was_admitted=True, is_apart=True)
+        again.token_ids = sequence.token_ids
+        again.num_cached, again.num_encoded = sequence.num_cached, sequence.num_encoded
+        again.num_overtaken = MAX_OVERTAKES
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)  # preempted before its failure was known
+        self.pool.forget(sequence.block_ids)
+        self.images.need(sequence_id, _images_of(again))
+        self.images.done(sequence.sequence_id, _images_of(sequence))
+        self._give_back(sequence)
+        self.waiting.put_back(again)
+        return again
+
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         """One token for each decoding sequence, oldest first; returns the tokens used."""
         for sequence in list(self.running):
@@ -223,7 +243,7 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks whose tokens are known and planned."""
-        if not (self.limits.prefix_caching and sequence.request.use_prefix_cache):
+        if not (self.limits.prefix_caching and sequence.uses_cache):
             return
         known = min(sequence.num_computed, len(sequence.token_ids))
         full = min(known // self.pool.block_size, len(sequence.block_ids))
@@ -365,6 +385,7 @@ class Scheduler:
         sequence.block_ids = cached + blocks
         sequence.num_computed = first
         sequence.num_published = len(cached)
+        sequence.has_borrowed = bool(cached)
         if not sequence.was_admitted:
             sequence.was_admitted, sequence.num_cached = True, first
             self.counts.prefix_query_tokens += len(sequence.token_ids)
@@ -385,7 +406,7 @@ class Scheduler:
     def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of the blocks that may be taken from the cache; one token is left to compute."""
         request = sequence.request
-        if not (self.limits.prefix_caching and request.use_prefix_cache):
+        if not (self.limits.prefix_caching and sequence.uses_cache):
             return []
         if request.sampling.prompt_logprobs:
             return []  # every position must be computed to be scored

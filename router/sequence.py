@@ -28,9 +28,16 @@ class Sequence:
     num_encoded: int = 0  # pictures that had to be encoded for it
     sent_to_shards: bool = False
     was_admitted: bool = False
+    has_borrowed: bool = False  # blocks that it did not compute since it was last let in
+    is_apart: bool = False  # neither takes blocks from others nor leaves any
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether it shares blocks, as far as its client is concerned and its own past."""
+        return self.request.use_prefix_cache and not self.is_apart
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -93,6 +93,27 @@ def test_a_poisoned_request_fails_alone(stack: Stack) -> None:
     assert answer(complete(stack, HEALTHY)) == expected[0]
 
 
+def test_whoever_borrowed_from_a_poisoned_request_is_unharmed(stack: Stack) -> None:
+    """Prefixes are shared while they are computed, so before anybody knows that one is poisoned."""
+    prefix = words(20, 17)  # one block; attention reads the poison after it together with it
+    poisoned = {"prompt": [*prefix, POISON, *words(21, 200)], **GREEDY}
+    healthy = [{"prompt": [*prefix, *words(n, 6)], **GREEDY} for n in range(22, 26)]
+    expected = [answer(complete(stack, body | {"cache_prompt": False})) for body in healthy]
+
+    async def go() -> None:
+        async with stack.client() as client:
+            sent = [
+                asyncio.create_task(client.post("/v1/completions", json=body))
+                for body in (poisoned, *healthy)
+            ]
+            assert_failed_with_a_cause(await sent[0])
+            assert [answer(await task) for task in sent[1:]] == expected
+
+    asyncio.run(go())
+    assert [answer(complete(stack, body)) for body in healthy] == expected
+    stack.wait_metric("tessera_kv_cache_used_tokens", 0)
+
+
 def test_a_stream_that_cannot_begin_has_the_status_of_its_error(stack: Stack) -> None:
     assert_failed_with_a_cause(complete(stack, POISONED | {"stream": True}))
     native = {"inputs": f"[INST] a {POISONED_WORD} of a dog [/INST]"}

@@ -277,6 +277,22 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stream_that_outlasts_the_grace_ends_with_a_reason(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    flags = ("--num-shard", "1", "--graceful-termination-timeout", "3", "--dtype", "float32")
+    with running(checkpoint("next-mistral"), *flags) as stack:
+        body = {"prompt": "go on", "max_tokens": 4000, "stream": True, "logit_bias": {"2": -100}}
+        with httpx.stream("POST", f"{stack.url}/v1/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            stack.process.terminate()
+            events = [line for line in lines if line.startswith("data:")]
+        assert events[-1] == "data: [DONE]"
+        assert "shutting down" in json.loads(events[-2][5:])["error"]["message"]
+        assert stack.process.wait(30) == 0
+
+
 def test_a_dead_shard_ends_the_server_with_a_reason(checkpoint: Callable[[str], Path]) -> None:
     with running(checkpoint("llama"), "--num-shard", "2", "--dtype", "float32") as stack:
         children = children_of(stack)

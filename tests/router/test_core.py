@@ -206,6 +206,32 @@ def test_a_failure_stays_with_its_owner(tokenizer: Tokenizer) -> None:
     assert len(with_core(tokenizer, shards, use)) == 4
 
 
+@pytest.mark.parametrize("fails_again", [False, True])
+def test_whoever_shared_blocks_with_a_failed_request_is_computed_again_on_its_own(
+    tokenizer: Tokenizer, fails_again: bool
+) -> None:
+    shards = ScriptedShards()
+    shards.fails = {1, 2, 3} if fails_again else {1, 2}
+
+    async def use(core: Core) -> int:
+        bad, good = core.submit(request()), core.submit(request())
+        with pytest.raises(GenerationError):
+            await read(bad)
+        if fails_again:
+            with pytest.raises(GenerationError):
+                await read(good)
+        else:
+            assert [event.token.id for event in await read(good)] == [300, 301, 302, 303]
+        good.close()
+        scheduler = core._scheduler
+        assert scheduler is not None
+        return scheduler.pool.num_free
+
+    assert with_core(tokenizer, shards, use) == NUM_BLOCKS
+    chunks = [chunk for plan in shards.plans for chunk in plan.chunks]
+    assert [(c.sequence.sequence_id, c.first) for c in chunks] == [(1, 0), (2, 4), (3, 0)]
+
+
 def test_lost_shards_end_every_request_with_an_error_and_close_the_door(
     tokenizer: Tokenizer,
 ) -> None:
@@ -234,6 +260,21 @@ def test_draining_refuses_newcomers_and_finishes_the_rest(tokenizer: Tokenizer) 
         return await read(stream)
 
     assert len(with_core(tokenizer, ScriptedShards(), use)) == 9
+
+
+def test_what_is_still_under_way_at_the_end_of_the_grace_is_told(tokenizer: Tokenizer) -> None:
+    async def use(core: Core) -> float:
+        stream = core.submit(request(new=9000))
+        await anext(aiter(stream))
+        core.drain()
+        core.end_all("the server is shutting down")
+        with pytest.raises(GenerationError, match="shutting down"):
+            await read(stream)
+        scheduler = core._scheduler
+        assert scheduler is not None
+        return scheduler.pool.num_free
+
+    assert with_core(tokenizer, ScriptedShards(), use) == NUM_BLOCKS
 
 
 def test_prompt_logprobs_are_whole_across_chunks(tokenizer: Tokenizer) -> None:
