@@ -73,11 +73,6 @@ class AnyResLayout:
         most = max(h // self.patch * (w // self.patch + 1) for h, w in self.pinpoints)
         return self.overview_tokens + most
 
-    @property
-    def max_tiles(self) -> int:
-        """Most tiles any picture can become."""
-        return 1 + max((h // self.tile) * (w // self.tile) for h, w in self.pinpoints)
-
     def plan(self, height: int, width: int, max_tokens: int | None = None) -> ImagePlan:
         """Tiling of a picture of `height` x `width` pixels, both at least 1.
 
@@ -161,11 +156,6 @@ class CropLayout:
     def max_tokens(self) -> int:
         """The same: there is nothing to leave out."""
         return self.min_tokens
-
-    @property
-    def max_tiles(self) -> int:
-        """One: the crop."""
-        return 1
 
     def plan(self, height: int, width: int, max_tokens: int | None = None) -> ImagePlan:
         """Resize and crop of a picture of `height` x `width` pixels, both at least 1.

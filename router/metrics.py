@@ -167,8 +167,8 @@ class Metrics:
         self._max_new.observe(max_new_tokens)
         self._validation.observe(validation_s)
 
-    def request_finished(self, completion: Completion, prompt_tokens: int) -> None:
-        """A generation completed. `prompt_tokens` is there for numbers still to come."""
+    def request_finished(self, completion: Completion) -> None:
+        """A generation completed."""
         timings = completion.timings
         self._successes.increase()
         self._duration.observe(timings.total)

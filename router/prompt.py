@@ -1,12 +1,11 @@
 """The native API's prompt string, taken apart into text and pictures.
 
-Three spellings of a picture are read: `<image>DATA</image>`, markdown's `![alt](ADDRESS)`, and a
-bare `<image>` that stands for a picture sent beside the text. What each address holds is not
-looked at here.
+Two spellings of a picture are read: `<image>DATA</image>` and markdown's `![alt](ADDRESS)`. What
+each address holds is not looked at here.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 IMAGE_TOKEN = "<image>"
@@ -35,15 +34,7 @@ class ImagePart:
     source: str = field(repr=False)  # data URI, base64, or an address to be refused
 
 
-@dataclass(frozen=True, slots=True)
-class SeparateImage:
-    """A picture sent beside the prompt."""
-
-    index: int  # among those
-
-
 Part = TextPart | ImagePart
-PlacedPart = TextPart | ImagePart | SeparateImage
 
 
 def parse_inputs(inputs: str) -> list[Part]:
@@ -77,36 +68,3 @@ def _pictures(inputs: str) -> Iterator[re.Match[str]]:
     for match in _PICTURE.finditer(inputs):
         if not match[2] or _SCHEME.match(match[3]):
             yield match
-
-
-def place_separate_images(parts: Sequence[Part], num_images: int) -> list[PlacedPart]:
-    """Decide where pictures sent beside the prompt belong.
-
-    If the text holds exactly `num_images` literal `<image>`, those are their places, in order.
-    Otherwise the pictures come first and every literal `<image>` stays what it is, text: the
-    tokenizer never reads it as a picture.
-
-    Args:
-        parts: from `parse_inputs`; pictures written into the prompt keep their places.
-        num_images: pictures sent beside the prompt, 0 or more.
-    """
-    literals = sum(part.text.count(IMAGE_TOKEN) for part in parts if isinstance(part, TextPart))
-    if literals != num_images:
-        return [*(SeparateImage(index) for index in range(num_images)), *parts]
-    return list(_at_literals(parts))
-
-
-def _at_literals(parts: Sequence[Part]) -> Iterator[PlacedPart]:
-    index = 0
-    for part in parts:
-        if isinstance(part, ImagePart):
-            yield part
-            continue
-        first, *others = part.text.split(IMAGE_TOKEN)
-        if first:
-            yield TextPart(first)
-        for text in others:
-            yield SeparateImage(index)
-            index += 1
-            if text:
-                yield TextPart(text)

@@ -125,7 +125,7 @@ class Ticket:
         async for event in stream:
             if event.completion is not None:
                 self._completions.append(event.completion)
-                self._metrics.request_finished(event.completion, stream.prompt_tokens)
+                self._metrics.request_finished(event.completion)
                 yield event
                 return
             yield event

@@ -2,7 +2,7 @@
 
 Users may write anything, the image token's own text included. It must never become the image token,
 because the number of image tokens decides how many picture features a shard fills in. So the token
-is renamed when the tokenizer is loaded, to a name nobody can guess: only `encode_prompt` can write
+is renamed when the tokenizer is loaded, to a name nobody can guess: only `encode_parts` can write
 it, and a literal `<image>` is plain text with no escaping.
 """
 

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,6 +194,3 @@ def _batch(
         segments,
         chats,
     )
-
-
-BatchMaker = Callable[[int, float], Batch]  # batch index and training progress (0..1) -> batch

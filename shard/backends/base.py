@@ -61,12 +61,6 @@ class StepLayout:
     query_start: tuple[int, ...]
     context_lens: tuple[int, ...]
 
-    @property
-    def max_query_len(self) -> int:
-        """Most new tokens any sequence has in this step; 1 in pure decode."""
-        pairs = zip(self.query_start[1:], self.query_start, strict=False)
-        return max((last - first for last, first in pairs), default=0)
-
 
 class Linear(Protocol):
     """A matrix multiplication whose weight the backend has laid out for itself."""

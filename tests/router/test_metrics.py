@@ -64,7 +64,7 @@ def test_a_request_that_completes() -> None:
     metrics = Metrics()
     metrics.request_started()
     metrics.request_validated(prompt_tokens=7, max_new_tokens=20, validation_s=0.25)
-    metrics.request_finished(completion(tokens=4), prompt_tokens=7)
+    metrics.request_finished(completion(tokens=4))
     found = samples(metrics)
     assert found["tgi_request_count", ""] == found["tgi_request_success", ""] == 1
     assert found["tgi_request_input_length_sum", ""] == 7

@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 from tessera.router.prompt import (
     ImagePart,
     Part,
-    PlacedPart,
-    SeparateImage,
     TextPart,
     parse_inputs,
-    place_separate_images,
 )
 
 URI = "data:image/png;base64,iVBORw0K"
@@ -135,33 +132,3 @@ def test_parts_are_pieces_of_the_prompt_in_order(inputs: str) -> None:
     for part in parse_inputs(inputs):
         piece = part.text if isinstance(part, TextPart) else part.source
         end = inputs.index(piece, end) + len(piece)
-
-
-@pytest.mark.parametrize(
-    ("text", "num_images", "placed"),
-    [
-        ("Q", 0, [TextPart("Q")]),
-        ("Q", 1, [SeparateImage(0), TextPart("Q")]),
-        ("A <image>\nQ", 1, [TextPart("A "), SeparateImage(0), TextPart("\nQ")]),
-        ("<image><image>", 2, [SeparateImage(0), SeparateImage(1)]),
-        ("<image>Q", 0, [TextPart("<image>Q")]),
-        ("<image>Q", 2, [SeparateImage(0), SeparateImage(1), TextPart("<image>Q")]),
-        ("<image>Q<image>", 1, [SeparateImage(0), TextPart("<image>Q<image>")]),
-    ],
-)
-def test_places_of_separate_images(text: str, num_images: int, placed: list[PlacedPart]) -> None:
-    assert place_separate_images([TextPart(text)], num_images) == placed
-
-
-def test_written_pictures_keep_their_places() -> None:
-    parts = parse_inputs(f"A<image>B![]({URI})C<image>D")
-    assert place_separate_images(parts, 2) == [
-        TextPart("A"),
-        SeparateImage(0),
-        TextPart("B"),
-        ImagePart(URI),
-        TextPart("C"),
-        SeparateImage(1),
-        TextPart("D"),
-    ]
-    assert place_separate_images(parts, 1) == [SeparateImage(0), *parts]

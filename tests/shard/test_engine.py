@@ -124,7 +124,6 @@ def test_layout_of_a_mixed_step(engine: Engine, model: TableModel) -> None:
     assert layout.query_start == (0, 1, 6) and layout.context_lens == (5, 11)
     assert layout.block_tables_SM.tolist() == [[10, 17, 0], [0, 1, 2]]
     assert layout.slots_T.tolist() == [17 * 4, 1 * 4 + 2, 1 * 4 + 3, 8, 9, 10]
-    assert layout.max_query_len == 5
 
 
 def test_nan_fails_its_own_sequence_only(engine: Engine, model: TableModel) -> None:
