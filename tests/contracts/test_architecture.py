@@ -10,7 +10,9 @@ TEXT = (ROOT / "ARCHITECTURE.md").read_text()
 TREE = TEXT.split("## The folders")[1].split("```")[1]
 
 
-@pytest.mark.parametrize("folder", ["proto", "launcher", "router", "shard", "shard/layers"])
+@pytest.mark.parametrize(
+    "folder", ["proto", "launcher", "router", "shard", "shard/layers", "shard/backends"]
+)
 def test_every_module_is_in_the_picture(folder: str) -> None:
     words = set(re.findall(r"[a-z_0-9]+", TREE))
     modules = {path.stem for path in (ROOT / folder).glob("*.py")}
