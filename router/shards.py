@@ -87,6 +87,15 @@ class ShardGroup:
             replies = await asyncio.gather(*calls)
         except grpc.aio.AioRpcError as error:
             raise WarmupFailed(error.details() or "warm-up failed") from None
+        for rank, reply in enumerate(replies):
+            logger.info(
+                "rank %d: %.0f MiB in use, up to %.0f MiB for a step, %d cache blocks of %.1f KiB",
+                rank,
+                reply.weights_bytes / 2**20,
+                reply.peak_step_bytes / 2**20,
+                reply.num_blocks,
+                reply.block_bytes / 2**10,
+            )
         self._streams = [stub.Steps() for stub in self._stubs]
         return min(reply.num_blocks for reply in replies)
 
