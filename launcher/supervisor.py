@@ -163,6 +163,8 @@ class Child:
         """Log one line of the child under its name; JSON log lines keep their level."""
         level, message = _parse_log_line(text) or (level, text)
         self._tail.append(escaped(message))
+        if message.startswith(ERROR_PREFIX):
+            level = logging.DEBUG  # the launcher says it itself, as the reason why it ends
         logger.log(level, "%s", message, extra={CHILD: self.name})
 
 
