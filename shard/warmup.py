@@ -66,6 +66,9 @@ def warm_up(
     sharers = group.world_size if backend.device.type == "cpu" else 1
     free = int(backend.free_memory_bytes() * memory_fraction) // sharers
     step = _try_worst_step(engine, request, layout)
+    engine.allocate_cache(0)  # lets go of the trial's
+    # What the trial left behind for good: compiled primitives, workspaces, thread stacks.
+    free -= max(0, backend.used_memory_bytes() - weights)
     shape = engine.cache_shape
     spare = free - step.total - int(free * WORKSPACE_SHARE)
     num_blocks = max(0, spare) // shape.block_bytes
