@@ -86,10 +86,12 @@ async def _serve(settings: RouterSettings) -> int:
         if not serving.done():  # the shards are gone; those who wait must still be told
             await asyncio.wait([serving], timeout=FAREWELL_S)
         running.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ShardsLost, WarmupFailed):
-            await running
-        await shards.close()
-        validator.close()
+        try:
+            with contextlib.suppress(asyncio.CancelledError, ShardsLost, WarmupFailed):
+                await running
+        finally:
+            await shards.close()
+            validator.close()
     return 0
 
 

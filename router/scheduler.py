@@ -157,9 +157,7 @@ class Scheduler:
         Args:
             is_tainted: what it computed is not to be trusted, so nobody may find it.
         """
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif not self.waiting.remove(sequence):
+        if not self._take_out(sequence):
             return
         if is_tainted:
             self.pool.forget(sequence.block_ids)
@@ -177,17 +175,25 @@ class Scheduler:
         again = Sequence(sequence_id, sequence.request, was_admitted=True, is_apart=True)
         again.token_ids = sequence.token_ids
         again.num_cached, again.num_encoded = sequence.num_cached, sequence.num_encoded
-        again.num_overtaken = MAX_OVERTAKES
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)  # preempted before its failure was known
+        self._take_out(sequence)
         self.pool.forget(sequence.block_ids)
         self.images.need(sequence_id, _images_of(again))
         self.images.done(sequence.sequence_id, _images_of(sequence))
         self._give_back(sequence)
-        self.waiting.put_back(again)
+        self._put_back(again)
         return again
+
+    def _take_out(self, sequence: Sequence) -> bool:
+        """Remove a sequence from wherever it is; False if it is over."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            return True
+        return self.waiting.remove(sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence that was let in before: first of all, and not to be overtaken."""
+        sequence.num_overtaken = MAX_OVERTAKES
+        self.waiting.put_back(sequence)
 
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         """One token for each decoding sequence, oldest first; returns the tokens used."""
@@ -230,8 +236,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.num_computed = 0
         self.images.need(sequence.sequence_id, _images_of(sequence))
-        sequence.num_overtaken = MAX_OVERTAKES  # it has waited its turn before
-        self.waiting.put_back(sequence)
+        self._put_back(sequence)
         self.counts.preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -296,6 +301,8 @@ class Scheduler:
             room = self.limits.max_batch_size - len(self.running)
             candidates += islice(self.waiting, room)
         for place, sequence in enumerate(candidates):
+            if not sequence.request.images:
+                continue  # spares the look into the prefix cache
             is_next = place < num_urgent
             first = sequence.num_computed or self._num_findable(sequence)
             for placed in sequence.images_between(first, len(sequence.token_ids)):

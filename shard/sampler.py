@@ -134,8 +134,8 @@ def _penalise(scores_V: Tensor, row: SampleRow) -> None:
         seen = _ids(set(row.token_ids), scores_V)
         values = scores_V[seen]
         scores_V[seen] = torch.where(values < 0, values * repetition, values / repetition)
-    counts = Counter(row.generated_ids)
-    if (params.frequency_penalty or params.presence_penalty) and counts:
+    if params.frequency_penalty or params.presence_penalty:
+        counts = Counter(row.generated_ids)
         generated = _ids(counts.keys(), scores_V)
         times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
         scores_V[generated] -= params.frequency_penalty * times + params.presence_penalty

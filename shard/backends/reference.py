@@ -86,8 +86,18 @@ class ReferenceBackend:
             if first < last:
                 k_CKH, v_CKH = gather(cache, layout.block_tables_SM[s], context_len)
                 visible_QC = visible(last - first, context_len, window, self.device)
-                out_TNH[first:last] = _attend_one(q_TNH[first:last], k_CKH, v_CKH, visible_QC)
+                q_QNH = q_TNH[first:last]
+                out_TNH[first:last] = self.attend_one(q_QNH, k_CKH, v_CKH, visible_QC)
         return out_TNH
+
+    def attend_one(self, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, visible_QC: Tensor) -> Tensor:
+        """Softmax attention of one sequence; G query heads share each key/value head."""
+        query_len, _, head_size = q_QNH.shape
+        q_QKGH = q_QNH.float().reshape(query_len, k_CKH.shape[1], -1, head_size)
+        scores_KGQC = torch.einsum("qkgh,ckh->kgqc", q_QKGH, k_CKH.float()) * head_size**-0.5
+        weights_KGQC = scores_KGQC.masked_fill(~visible_QC, float("-inf")).softmax(-1)
+        out_QKGH = torch.einsum("kgqc,ckh->qkgh", weights_KGQC, v_CKH.float())
+        return out_QKGH.flatten(1, 2).to(q_QNH.dtype)
 
     def attend_dense(self, q_SQNH: Tensor, k_SQNH: Tensor, v_SQNH: Tensor) -> Tensor:
         """See `Backend.attend_dense`."""
@@ -151,13 +161,3 @@ def visible(query_len: int, context_len: int, window: int | None, device: torch.
     query_Q1 = key_C[context_len - query_len :, None]
     visible_QC = key_C <= query_Q1
     return visible_QC if window is None else visible_QC & (key_C > query_Q1 - window)
-
-
-def _attend_one(q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, visible_QC: Tensor) -> Tensor:
-    """Softmax attention of one sequence; G query heads share each key/value head."""
-    query_len, _, head_size = q_QNH.shape
-    q_QKGH = q_QNH.float().reshape(query_len, k_CKH.shape[1], -1, head_size)
-    scores_KGQC = torch.einsum("qkgh,ckh->kgqc", q_QKGH, k_CKH.float()) * head_size**-0.5
-    weights_KGQC = scores_KGQC.masked_fill(~visible_QC, float("-inf")).softmax(-1)
-    out_QKGH = torch.einsum("kgqc,ckh->qkgh", weights_KGQC, v_CKH.float())
-    return out_QKGH.flatten(1, 2).to(q_QNH.dtype)
