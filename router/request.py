@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
+from tessera.router.grammar import Grammar
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -66,6 +68,7 @@ class Request:
     fairness_key: str = ""  # requests of one key wait for each other, not for other keys'
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     use_prefix_cache: bool = True
+    grammar: Grammar | None = None  # what the answer must look like; checked by compiling it
     warnings: tuple[str, ...] = ()  # sentences for the reply: what was done differently than asked
     validation_s: float = 0.0  # time from arrival until this value existed
 

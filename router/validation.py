@@ -8,6 +8,7 @@ from tessera.router import rules
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import ValidationError
 from tessera.router.generation import Generator, ServingLimits
+from tessera.router.grammar import Grammar
 from tessera.router.model_files import ModelFiles
 from tessera.router.prompt_builder import (
     BuiltPrompt,
@@ -34,6 +35,7 @@ class Plan:
     truncate: int | None = None  # keep only so many tokens, the last ones
     prompt_logprobs: bool = False
     include_stop_text: bool
+    grammar: Grammar | None = None  # what every answer must look like
 
     @property
     def count(self) -> int:
@@ -136,6 +138,7 @@ class Validator:
                     fairness_key=fairness_key,
                     cache_salt=plan.wishes.cache_salt,
                     use_prefix_cache=plan.wishes.cache_prompt,
+                    grammar=plan.grammar,
                     warnings=prompt.warnings,
                     validation_s=validation_s,
                 )
