@@ -151,6 +151,82 @@ class WarmupReply(_message.Message):
 Global___WarmupReply: _TypeAlias = WarmupReply  # noqa: Y015
 
 @_typing.final
+class StepMessage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    MASKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def step(self) -> Global___Step: ...
+    @_builtins.property
+    def masks(self) -> Global___TokenMasks: ...
+    def __init__(
+        self,
+        *,
+        step: Global___Step | None = ...,
+        masks: Global___TokenMasks | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "masks", b"masks", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "masks", b"masks", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["step", "masks"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___StepMessage: _TypeAlias = StepMessage  # noqa: Y015
+
+@_typing.final
+class TokenMasks(_message.Message):
+    """Which tokens guided sequences of a step may sample; to rank 0 only, after the step and perhaps in
+    several messages. The step's forward pass does not wait for them, its sampling does.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_ID_FIELD_NUMBER: _builtins.int
+    MASKS_FIELD_NUMBER: _builtins.int
+    step_id: _builtins.int
+    @_builtins.property
+    def masks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenMask]: ...
+    def __init__(
+        self,
+        *,
+        step_id: _builtins.int = ...,
+        masks: _abc.Iterable[Global___TokenMask] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["masks", b"masks", "step_id", b"step_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenMasks: _TypeAlias = TokenMasks  # noqa: Y015
+
+@_typing.final
+class TokenMask(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    BITMASK_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    bitmask: _builtins.bytes
+    """bit i of byte n: token 8n + i is allowed; empty: all are"""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        bitmask: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitmask", b"bitmask", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenMask: _TypeAlias = TokenMask  # noqa: Y015
+
+@_typing.final
 class Step(_message.Message):
     """Everything one forward pass does. Applied in the order of the fields."""
 
@@ -390,6 +466,7 @@ class SamplingParams(_message.Message):
     TOP_N_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    GUIDED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0: greedy"""
     top_k: _builtins.int
@@ -411,6 +488,8 @@ class SamplingParams(_message.Message):
     """most likely alternatives to report"""
     prompt_logprobs: _builtins.bool
     """report the logprob of every prompt token"""
+    guided: _builtins.bool
+    """every token waits for a TokenMask of its step"""
     @_builtins.property
     def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]: ...
     def __init__(
@@ -428,10 +507,11 @@ class SamplingParams(_message.Message):
         top_n_tokens: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
         logit_bias: _abc.Iterable[Global___LogitBias] | None = ...,
+        guided: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "repetition_penalty", b"repetition_penalty", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_n_tokens", b"top_n_tokens", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "guided", b"guided", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_n_tokens", b"top_n_tokens", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015

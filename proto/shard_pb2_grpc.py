@@ -49,7 +49,7 @@ class ShardStub:
                 _registered_method=True)
         self.Steps = channel.stream_stream(
                 '/tessera.v1.Shard/Steps',
-                request_serializer=tessera_dot_proto_dot_shard__pb2.Step.SerializeToString,
+                request_serializer=tessera_dot_proto_dot_shard__pb2.StepMessage.SerializeToString,
                 response_deserializer=tessera_dot_proto_dot_shard__pb2.StepReply.FromString,
                 _registered_method=True)
 
@@ -98,7 +98,7 @@ def add_ShardServicer_to_server(servicer, server):
             ),
             'Steps': grpc.stream_stream_rpc_method_handler(
                     servicer.Steps,
-                    request_deserializer=tessera_dot_proto_dot_shard__pb2.Step.FromString,
+                    request_deserializer=tessera_dot_proto_dot_shard__pb2.StepMessage.FromString,
                     response_serializer=tessera_dot_proto_dot_shard__pb2.StepReply.SerializeToString,
             ),
     }
@@ -184,7 +184,7 @@ class Shard:
             request_iterator,
             target,
             '/tessera.v1.Shard/Steps',
-            tessera_dot_proto_dot_shard__pb2.Step.SerializeToString,
+            tessera_dot_proto_dot_shard__pb2.StepMessage.SerializeToString,
             tessera_dot_proto_dot_shard__pb2.StepReply.FromString,
             options,
             channel_credentials,

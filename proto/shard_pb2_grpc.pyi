@@ -42,7 +42,7 @@ class ShardStub:
     """Size the KV cache from the worst step, once, before the first step. Every rank of a group must
     be asked at the same time, because the trial step runs their collectives.
     """
-    Steps: _grpc.StreamStreamMultiCallable[_shard_pb2.Step, _shard_pb2.StepReply]
+    Steps: _grpc.StreamStreamMultiCallable[_shard_pb2.StepMessage, _shard_pb2.StepReply]
     """The work. One stream per router; replies come in the order of the steps. Closing the stream
     releases every sequence and image.
     """
@@ -61,7 +61,7 @@ class ShardAsyncStub(ShardStub):
     """Size the KV cache from the worst step, once, before the first step. Every rank of a group must
     be asked at the same time, because the trial step runs their collectives.
     """
-    Steps: _aio.StreamStreamMultiCallable[_shard_pb2.Step, _shard_pb2.StepReply]  # type: ignore[assignment]
+    Steps: _aio.StreamStreamMultiCallable[_shard_pb2.StepMessage, _shard_pb2.StepReply]  # type: ignore[assignment]
     """The work. One stream per router; replies come in the order of the steps. Closing the stream
     releases every sequence and image.
     """
@@ -93,7 +93,7 @@ class ShardServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Steps(
         self,
-        request_iterator: _MaybeAsyncIterator[_shard_pb2.Step],
+        request_iterator: _MaybeAsyncIterator[_shard_pb2.StepMessage],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_shard_pb2.StepReply], _abc.AsyncIterator[_shard_pb2.StepReply]]:
         """The work. One stream per router; replies come in the order of the steps. Closing the stream

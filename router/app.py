@@ -21,6 +21,7 @@ from tessera.router.model_files import ModelFiles
 from tessera.router.native_api import NativeApi
 from tessera.router.notices import HEADER as WARNINGS
 from tessera.router.openai_api import OpenAIApi
+from tessera.router.playground import playground_routes
 from tessera.router.replies import InternalError, error_reply
 from tessera.router.server_info import ServerInfo
 from tessera.router.settings import RouterSettings
@@ -53,8 +54,9 @@ def create_app(
     )
     native = NativeApi(generator, validator, desk, metrics, info)
     openai = OpenAIApi(generator, validator, desk, info)
+    page = playground_routes(settings.payload_limit) if settings.playground else []
     app = Starlette(
-        routes=[*native.routes(), *openai.routes()],
+        routes=[*native.routes(), *openai.routes(), *page],
         exception_handlers={
             RouterError: _on_router_error,
             HTTPException: _on_http_exception,

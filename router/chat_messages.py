@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tessera.router.errors import TemplateError
-from tessera.router.prompt import IMAGE_TOKEN
+from tessera.router.errors import TemplateError, ValidationError
+from tessera.router.prompt import IMAGE_TOKEN, ImagePart
+from tessera.router.schemas import ContentPart, Message
 
 _PICTURES = frozenset({"image", "image_url", "input_image"})
 _TEXTS = frozenset({"text", "input_text", "output_text"})
+_FIELDS = {"role", "name", "tool_calls", "tool_call_id"}  # beside the content
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ChatMessage:
         Templates often print only the first part of a turn that is not the user's, so its texts
         are joined.
         """
-        parts = self.parts if self.role == "user" else _joined(self.parts)
+        parts = self.parts if self.role == "user" else join_texts(self.parts)
         content = [
             {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": part}
             for part in parts
@@ -63,6 +65,33 @@ class ChatMessage:
                 texts.append("" if part.startswith("\n") else "\n")
             texts.append(part if isinstance(part, str) else placeholder)
         return {**self.other, "role": self.role, "content": "".join(texts)}
+
+
+def plain_messages(
+    messages: Sequence[Message],
+) -> tuple[list[dict[str, Any]], list[ImagePart]]:
+    """Messages of a request as templates know them, and the pictures they hold, taken out, in order.
+
+    Raises:
+        ValidationError: a message without content, or with a part that is neither text nor picture.
+    """
+    plain: list[dict[str, Any]] = []
+    pictures: list[ImagePart] = []
+    for index, message in enumerate(messages):
+        entry = message.model_dump(include=_FIELDS, exclude_none=True)
+        if isinstance(message.content, list):
+            parts = [_plain_part(part, index) for part in message.content]
+            pictures += [part for part in parts if isinstance(part, ImagePart)]
+            entry["content"] = [
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part}
+                for part in parts
+            ]
+        elif message.content is None and not message.tool_calls:
+            raise ValidationError(f"`messages[{index}].content` is required.", "messages")
+        else:
+            entry["content"] = message.content
+        plain.append(entry)
+    return plain, pictures
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
@@ -110,6 +139,20 @@ def append_text(message: ChatMessage, text: str) -> ChatMessage:
     raise TemplateError("the final message has no text that could be continued")
 
 
+def _plain_part(part: ContentPart, index: int) -> str | ImagePart:
+    if part.type in _TEXTS and part.text is not None:
+        return part.text
+    if part.type == "refusal" and part.refusal is not None:
+        return part.refusal
+    if part.type in _PICTURES and part.image_source is not None:
+        return ImagePart(part.image_source, overview_only=part.image_detail == "low")
+    raise ValidationError(
+        f"`messages[{index}].content` may hold parts of type `text` with a `text`, and of type "
+        "`image_url` with a picture as a data URI or URL; nothing else.",
+        "messages",
+    )
+
+
 def _read(message: Mapping[str, Any]) -> ChatMessage:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
@@ -155,7 +198,7 @@ def _placed(message: ChatMessage, placeholder: str) -> ChatMessage:
     return replace(message, parts=texts)
 
 
-def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
+def join_texts(parts: Sequence[str | Picture]) -> tuple[str | Picture, ...]:
     """Neighbouring texts as one."""
     joined: list[str | Picture] = []
     for part in parts:
@@ -163,4 +206,4 @@ def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
             joined[-1] += part
         else:
             joined.append(part)
-    return joined
+    return tuple(joined)

@@ -15,6 +15,7 @@ from tessera.router.errors import TemplateError
 from tessera.router.model_files import ModelFiles, ModelFilesError, read_json, token_text
 from tessera.router.prompt import IMAGE_TOKEN
 from tessera.router.template_sandbox import Template
+from tessera.router.tool_messages import ToolConversation
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PROBE = "d41f0c7e"  # a text no template prints by itself
@@ -50,6 +51,8 @@ class ChatTemplate:
         # What the template prints for pictures becomes a name no user can write.
         self._placeholder = f"<image-{secrets.token_hex(16)}>"
         self._template = Template(source.replace(image_token, self._placeholder))
+        shows_tools = "tools" in self._template.variables
+        self.tool_source = source if shows_tools else None  # tells how the model writes calls
         self._special_tokens = dict(special_tokens or {})
         self._image_token = image_token
         self._takes_pictures = takes_pictures
@@ -94,7 +97,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: ToolConversation | None = None,
     ) -> list[str | int]:
         """The prompt of a conversation.
 
@@ -102,7 +105,7 @@ class ChatTemplate:
             messages: as OpenAI's API has them; a picture is a part of type "image_url" or "image".
             add_generation_prompt: end with the beginning of the assistant's answer.
             continue_final_message: end inside the final message instead, for the model to go on.
-            tools: descriptions the template may print.
+            tools: what may be called, and how the template takes that and earlier calls.
 
         Returns:
             Texts in order, and in between the index of each picture, counted over all messages. No
@@ -114,6 +117,8 @@ class ChatTemplate:
         conversation = read_messages(messages)
         num_pictures = sum(message.num_pictures for message in conversation)
         conversation = place_pictures(conversation, self._placeholder)
+        if tools is not None:
+            conversation = tools.written(conversation)
         tag = f"<continue-{secrets.token_hex(8)}> "
         if continue_final_message:
             conversation[-1] = append_text(conversation[-1], tag)
@@ -121,7 +126,7 @@ class ChatTemplate:
             conversation,
             self.wants_lists,
             add_generation_prompt and not continue_final_message,
-            tools,
+            tools.template_tools if tools else None,
         )
         if continue_final_message:
             text = _up_to(text, tag)

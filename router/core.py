@@ -13,6 +13,7 @@ from tessera.proto import shard_pb2
 from tessera.router.blocks import BlockPool
 from tessera.router.errors import GenerationError, NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
+from tessera.router.guidance_masks import GuidanceMasks
 from tessera.router.in_flight import InFlight, RequestStream
 from tessera.router.metrics import Metrics, StepKind
 from tessera.router.queue_time import QueueTime
@@ -62,6 +63,7 @@ class Core:
         self._limits: ServingLimits | None = None
         self._scheduler: Scheduler | None = None
         self._in_flight: dict[int, InFlight] = {}
+        self._masks = GuidanceMasks(shards, self._on_mask_failure)
         self._ids = count(1)
         self._wake = asyncio.Event()
         self._queue_time = QueueTime(max_queue_time_s, clock)
@@ -112,6 +114,7 @@ class Core:
         Args:
             is_tainted: what it computed went wrong, so its blocks must not serve others.
         """
+        self._masks.release(sequence.sequence_id)
         if self._in_flight.pop(sequence.sequence_id, None) is not None and self._scheduler:
             self._scheduler.finish(sequence, is_tainted=is_tainted)
             self._wake.set()
@@ -129,6 +132,8 @@ class Core:
         except ShardsLost as error:
             self.lose(error)
             raise
+        finally:
+            self._masks.close()
 
     def lose(self, error: ShardsLost) -> None:
         """Tell every request under way that the shards are gone, and take no more of them."""
@@ -191,7 +196,10 @@ class Core:
         if joined := sum(chunk.is_start for chunk in plan.chunks):
             self._metrics.batch_joined(joined)
         kind: StepKind = "prefill" if plan.chunks else "decode"
-        return _SentStep(await self._shards.send(plan), kind, plan.num_tokens, now)
+        step_id = await self._shards.send(plan)
+        self._masks.expect(step_id, plan, self._in_flight)
+        self._masks.compute()
+        return _SentStep(step_id, kind, plan.num_tokens, now)
 
     async def _receive(self, step: "_SentStep", scheduler: Scheduler) -> None:
         try:
@@ -220,6 +228,7 @@ class Core:
             if flight := self._in_flight.get(token.sequence_id):
                 scheduler.append_token(flight.sequence, token.token_id)
                 self._tell(flight, token, now)
+        self._masks.compute()
 
     def _tell(self, flight: InFlight, token: shard_pb2.SampledToken, now: float) -> None:
         try:
@@ -233,9 +242,16 @@ class Core:
         flight.stream.push(error)
         self.cancel(flight.sequence, is_tainted=True)
 
+    def _on_mask_failure(self, sequence_id: int, reason: str) -> None:
+        logger.warning("request %d failed: %s", sequence_id, reason)
+        flight = self._in_flight[sequence_id]
+        flight.stream.push(GenerationError(reason))
+        self.cancel(flight.sequence)  # what it computed is sound, so others may find it
+
     def _start_over(self, flight: InFlight, scheduler: Scheduler) -> None:
         """Whoever read what another had computed may have failed by the other's fault."""
         del self._in_flight[flight.sequence.sequence_id]
+        self._masks.release(flight.sequence.sequence_id)
         flight.sequence = scheduler.start_over(flight.sequence, next(self._ids))
         flight.stream.follow(partial(self.cancel, flight.sequence))
         self._in_flight[flight.sequence.sequence_id] = flight

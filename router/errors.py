@@ -5,6 +5,7 @@
         MalformedBody    400  not JSON
         PayloadTooLarge  413  more bytes than PAYLOAD_LIMIT
         UnsupportedBody  415  not declared as JSON, or compressed
+        TemplateError, ToolError, SuffixUnsupported, TooManyPrompts  422  as their names say
       Unauthorized       401  no or a wrong key
       NotFound           404  no such route or model
       MethodNotAllowed   405  the route exists, for another method
@@ -33,9 +34,11 @@ class ValidationError(RouterError):
 
     status = 422
     error_type = "validation"
+    begins: ClassVar[str] = "Input validation error"
 
     def __init__(self, detail: str, param: str | None = None) -> None:
-        super().__init__(f"Input validation error: {detail}")
+        super().__init__(f"{self.begins}: {detail}" if self.begins else detail)
+        self.detail = detail  # the message without its beginning
         self.param = param  # the field at fault, where there is exactly one
 
 
@@ -61,6 +64,28 @@ class TemplateError(ValidationError):
     """The chat template is absent or refuses these messages."""
 
     error_type = "template_error"
+    begins = "Template error"
+
+
+class SuffixUnsupported(ValidationError):
+    """A text to be filled in before another."""
+
+    error_type = "suffix not supported"
+    begins = ""
+
+
+class TooManyPrompts(ValidationError):
+    """One request has more prompts than MAX_CLIENT_BATCH_SIZE."""
+
+    error_type = "batch size exceeded"
+    begins = ""
+
+
+class ToolError(ValidationError):
+    """The tools of a chat cannot be used as asked."""
+
+    error_type = "tool_error"
+    begins = "Tool error"
 
 
 class Unauthorized(RouterError):

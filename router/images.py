@@ -101,28 +101,38 @@ def prepare_image(
     )
 
 
+def count_pixels(data: bytes, max_pixels: int) -> int:
+    """Width x height, from the file's header: nothing is decoded.
+
+    Raises:
+        ValidationError: as `prepare_image` does for what a header tells.
+    """
+    width, height = _open(data, max_pixels).size
+    return width * height
+
+
+def scheme_of(source: str) -> str:
+    """The scheme of an address in lower case; "" for base64 and paths."""
+    match = _SCHEME.match(source)
+    return match[1].lower() if match else ""
+
+
 def decode_image_source(source: str) -> bytes:
-    """The bytes behind what a client wrote where a picture is expected.
+    """The bytes inside what a client wrote where a picture is expected.
 
     Args:
         source: a data URI (any media type and parameters) or bare base64; standard or URL-safe
             alphabet, whitespace and missing padding are tolerated.
 
     Raises:
-        ValidationError: a URL, a file path, or no valid base64.
+        ValidationError: another address, a file path, or no valid base64.
     """
     scheme = _SCHEME.match(source)
     if scheme is None:
         return _decode_base64(source)
     if scheme[1].lower() == "data":
         return _decode_base64(_data_uri_payload(source, scheme.end()))
-    if scheme[1].lower() in ("http", "https"):
-        raise ValidationError(
-            "fetching pictures by URL is switched off; send the picture itself as a data URI"
-        )
-    raise ValidationError(
-        "pictures are not read from files or other addresses; send the picture itself as a data URI"
-    )
+    raise _elsewhere()
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -310,8 +320,12 @@ def _decode_base64(text: str) -> bytes:
 
 def _not_base64(text: str) -> ValidationError:
     if len(text) < 4096 and any(mark in text for mark in ".~\\"):
-        return ValidationError(
-            "pictures are not read from files or other addresses; "
-            "send the picture itself as a data URI"
-        )
+        return _elsewhere()
     return ValidationError("the picture's base64 encoding is invalid")
+
+
+def _elsewhere() -> ValidationError:
+    return ValidationError(
+        "pictures are not read from files or other addresses of this kind; send the picture itself "
+        "as a data URI, or start the server with ALLOWED_IMAGE_PATHS and give an absolute path"
+    )

@@ -95,7 +95,8 @@ class InFlight:
             text += self._output.finish()
             completion = self._completion(reason, now)
         is_special = self._tokenizer.is_special(token.token_id)
-        info = TokenInfo(token.token_id, step.token_text, token.logprob, is_special)
+        utf8 = self._tokenizer.token_utf8(token.token_id)
+        info = TokenInfo(token.token_id, step.token_text, token.logprob, is_special, utf8)
         top = tuple(self._info(entry.token_id, entry.logprob) for entry in token.top_tokens)
         self.stream.push(TokenEvent(info, text, top, completion))
         return completion is not None
@@ -134,5 +135,9 @@ class InFlight:
     def _info(self, token_id: int, logprob: float) -> TokenInfo:
         tokenizer = self._tokenizer
         return TokenInfo(
-            token_id, tokenizer.token_text(token_id), logprob, tokenizer.is_special(token_id)
+            token_id,
+            tokenizer.token_text(token_id),
+            logprob,
+            tokenizer.is_special(token_id),
+            tokenizer.token_utf8(token_id),
         )

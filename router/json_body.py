@@ -44,12 +44,27 @@ async def read_body(request: Request, shape: type[BodyT]) -> BodyT:
 
 def parse_body(content: bytes, shape: type[BodyT]) -> BodyT:
     """What `read_body` does once the bytes are here."""
+    return as_body(_parse_object(content), shape)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """Read a request's body where only its content says which shape it has; then `as_body`."""
+    _check_content_type(request)
+    return _parse_object(await request.body())
+
+
+def _parse_object(content: bytes) -> dict[str, Any]:
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:  # says what and at which line and column, never quotes the body
         raise MalformedBody(f"the body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValidationError("the body must be a JSON object.")
+    return value
+
+
+def as_body(value: dict[str, Any], shape: type[BodyT]) -> BodyT:
+    """A parsed body as `shape`; raises `ValidationError`."""
     try:
         return shape.model_validate(value)
     except pydantic.ValidationError as error:
@@ -90,6 +105,8 @@ def _sentence(error: ErrorDetails) -> str:
         return f"must be at least {limits['ge']}"
     if kind == "less_than_equal":
         return f"must be at most {limits['le']}"
+    if kind == "literal_error":
+        return f"must be {limits['expected']}"
     if kind == "too_long":
         return f"must have at most {limits['max_length']} entries"
     if kind == "too_short":

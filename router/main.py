@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
+from uvicorn.loops.auto import auto_loop_factory
 
 from tessera.proto.env import SettingsError
 from tessera.proto.image_layout import ImageLayoutError
@@ -42,7 +43,8 @@ def main() -> None:
     try:
         settings = begin(RouterSettings, "tessera-router", __doc__ or "")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says at start, we say
-        status = asyncio.run(_serve(settings))
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            status = runner.run(_serve(settings))
     except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:
         print(f"Error: {error}", file=sys.stderr)
         status = 1
@@ -70,7 +72,7 @@ async def _serve(settings: RouterSettings) -> int:
     )
     validator = Validator(settings, core, tokenizer, files, template)
     app = create_app(settings, core, validator, files, metrics)
-    server = _Server(_server_config(app, settings))
+    server = _Server(server_config(app, settings))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _drain, core, server, settings.graceful_termination_timeout)
@@ -161,7 +163,8 @@ def _drain(core: Core, server: uvicorn.Server, timeout_s: float) -> None:
     )
 
 
-def _server_config(app: Starlette, settings: RouterSettings) -> uvicorn.Config:
+def server_config(app: ASGIApp, settings: RouterSettings) -> uvicorn.Config:
+    """How HTTP is served."""
     return uvicorn.Config(
         app,
         http=GuardedHttp,

@@ -10,12 +10,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.router.errors import PayloadTooLarge, Unauthorized, UnsupportedBody
+from tessera.router.playground import PATHS as PLAYGROUND_PATHS
 from tessera.router.replies import InternalError, error_reply
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping"}) | PLAYGROUND_PATHS
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
@@ -96,9 +97,8 @@ class ApiKey:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Probes need no key."""
-    is_get = scope["method"] in ("GET", "HEAD")
-    return is_get and (scope["path"] in OPEN_PATHS or scope["path"] == "/")
+    """Probes need no key, nor does the page that asks for it."""
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
 
 
 class BodyLimit:

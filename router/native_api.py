@@ -2,29 +2,36 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tessera.router.errors import NotReadyError, RouterError
-from tessera.router.event_stream import EventStream, event, finite, unless_client_leaves
+from tessera.router.event_stream import EventStream, event, unless_client_leaves
 from tessera.router.fairness import fairness_key
 from tessera.router.generation import Generator
 from tessera.router.json_body import read_body
 from tessera.router.metrics import CONTENT_TYPE, Metrics
-from tessera.router.notices import warnings_field
+from tessera.router.native_bodies import GenerateBody, GenerateParameters
+from tessera.router.native_replies import (
+    ChatTokenizeReply,
+    GenerateReply,
+    generate_reply,
+    span_replies,
+    stream_event,
+)
+from tessera.router.picture_tasks import PictureTask, read_root_body
 from tessera.router.replies import InternalError, Json, error_reply, native_error
-from tessera.router.request import Completion, TokenEvent, TokenInfo
-from tessera.router.schemas import GenerateBody, GenerateParameters
+from tessera.router.request import TokenEvent
+from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, collect_all, merge, started
-from tessera.router.validation import Validator
+from tessera.router.token_streams import collect_all, merge, started
+from tessera.router.validation import Plan, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class NativeApi:
             Route("/generate", self.generate, methods=["POST"]),
             Route("/generate_stream", self.generate_stream, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/chat_tokenize", self.chat_tokenize, methods=["POST"]),
             Route("/info", self.show_info, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ping", self.health, methods=["GET"]),
@@ -54,10 +62,15 @@ class NativeApi:
         ]
 
     async def compat_generate(self, request: HttpRequest) -> Response:
-        """POST /: what Hugging Face's clients call; `stream` chooses, and the reply is a list."""
+        """POST /: what Hugging Face's clients call; `stream` chooses, and the reply is a list.
+
+        A bare picture is captioned, and one with a question beside it is asked about.
+        """
         full_text = self.info.default_full_text
         with self.desk.ticket(request.state.request_id) as ticket:
-            body = await read_body(request, GenerateBody)
+            body = await read_root_body(request)
+            if isinstance(body, PictureTask):
+                return await self._picture_task(request, ticket, body)
             if body.stream:
                 return await self._stream(request, ticket, body, full_text)
             reply, headers = await self._generate(request, ticket, body, full_text)
@@ -85,12 +98,19 @@ class NativeApi:
         body = await read_body(request, GenerateBody)
         with self.desk.place():
             spans = await unless_client_leaves(request, self.validator.tokenize(body.inputs))
-        return Json(
-            [
-                {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop}
-                for span in spans
-            ]
-        )
+        return Json(span_replies(spans))
+
+    async def chat_tokenize(self, request: HttpRequest) -> Response:
+        """POST /chat_tokenize: a chat as the model's template renders it, and its tokens."""
+        body = await read_body(request, ChatBody)
+        with self.desk.place():
+            work = self.validator.tokenize_chat(body)
+            text, spans = await unless_client_leaves(request, work)
+        reply: ChatTokenizeReply = {
+            "tokenize_response": span_replies(spans),
+            "templated_text": text,
+        }
+        return Json(reply)
 
     async def show_info(self, request: HttpRequest) -> Response:
         """GET /info: the model and the limits."""
@@ -109,31 +129,43 @@ class NativeApi:
         """GET /metrics: Prometheus' text format."""
         return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def _submit(
-        self, request: HttpRequest, ticket: Ticket, body: GenerateBody, *, streaming: bool
-    ) -> list[Generation]:
+    async def _submit(self, request: HttpRequest, ticket: Ticket, plan: Plan) -> list[Generation]:
         arrived = time.perf_counter()
-        plan = self.validator.plan_native(body, streaming=streaming)
         ticket.admit(plan.count)
         building = self.validator.build(plan, arrived, fairness_key(request.headers))
         requests = await unless_client_leaves(request, building)
         return ticket.submit(requests)
 
+    async def _picture_task(
+        self, request: HttpRequest, ticket: Ticket, task: PictureTask
+    ) -> Response:
+        began = time.perf_counter()
+        generations = await self._submit(request, ticket, self.validator.plan_chat(task.chat()))
+        (answer,) = await unless_client_leaves(request, collect_all(generations))
+        headers = compute_headers(self.info, self.generator, generations)
+        headers |= timing_headers([answer], time.perf_counter() - began)
+        return Json([task.reply(answer)], headers=headers)
+
     async def _generate(
         self, request: HttpRequest, ticket: Ticket, body: GenerateBody, full_text: bool
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> tuple[GenerateReply, dict[str, str]]:
         began = time.perf_counter()
-        generations = await self._submit(request, ticket, body, streaming=False)
+        generations = await self._submit(
+            request, ticket, self.validator.plan_native(body, streaming=False)
+        )
         collected = await unless_client_leaves(request, collect_all(generations))
         best, *others = sorted(collected, key=lambda one: one.mean_logprob, reverse=True)
         headers = compute_headers(self.info, self.generator, [best.generation])
         headers |= timing_headers([best], time.perf_counter() - began)
-        return _reply(best, others, body.options, full_text), headers
+        wants_full = _wants_full_text(body.options, full_text)
+        return generate_reply(best, others, body.options, wants_full), headers
 
     async def _stream(
         self, request: HttpRequest, ticket: Ticket, body: GenerateBody, full_text: bool
     ) -> Response:
-        generations = await self._submit(request, ticket, body, streaming=True)
+        generations = await self._submit(
+            request, ticket, self.validator.plan_native(body, streaming=True)
+        )
         events = await unless_client_leaves(request, started(merge(generations)))
         ticket.keep()
         return EventStream(
@@ -143,53 +175,8 @@ class NativeApi:
         )
 
 
-def _token(info: TokenInfo) -> dict[str, Any]:
-    return {
-        "id": info.id,
-        "text": info.text,
-        "logprob": finite(info.logprob),
-        "special": info.special,
-    }
-
-
-def _text(completion: Completion, generation: Generation, wants_full: bool) -> str:
-    return generation.request.prompt_text + completion.text if wants_full else completion.text
-
-
 def _wants_full_text(options: GenerateParameters, default: bool) -> bool:
     return default if options.return_full_text is None else options.return_full_text
-
-
-def _reply(
-    best: Collected, others: Sequence[Collected], options: GenerateParameters, full_text: bool
-) -> dict[str, Any]:
-    wants_full = _wants_full_text(options, full_text)
-    reply: dict[str, Any] = {"generated_text": _text(best.completion, best.generation, wants_full)}
-    if options.details or options.decoder_input_details:
-        reply["details"] = _details(best, options)
-        if others:
-            reply["details"]["best_of_sequences"] = [
-                {"generated_text": _text(one.completion, one.generation, wants_full)}
-                | _details(one, options)
-                for one in others
-            ]
-    return reply | warnings_field([best.generation])
-
-
-def _details(one: Collected, options: GenerateParameters) -> dict[str, Any]:
-    prefill = one.generation.stream.prompt_logprobs if options.decoder_input_details else []
-    details: dict[str, Any] = {
-        "finish_reason": one.completion.reason.value,
-        "generated_tokens": one.completion.generated_tokens,
-        "seed": one.completion.seed,
-        "prefill": [
-            {"id": info.id, "text": info.text, "logprob": finite(info.logprob)} for info in prefill
-        ],
-        "tokens": [_token(info) for info in one.tokens],
-    }
-    if options.top_n_tokens:
-        details["top_tokens"] = [[_token(info) for info in top] for top in one.top_tokens]
-    return details
 
 
 async def _stream_events(
@@ -205,7 +192,7 @@ async def _stream_events(
     try:
         async for _, step in events:
             index += 1
-            yield event(_stream_payload(index, step, generation, options, wants_full))
+            yield event(stream_event(index, step, generation, options, wants_full))
     except RouterError as error:
         ticket.failed(error)
         yield event(native_error(error))
@@ -213,27 +200,3 @@ async def _stream_events(
         logger.exception("a stream failed")
         ticket.failed(error)
         yield event(native_error(InternalError()))
-
-
-def _stream_payload(
-    index: int,
-    step: TokenEvent,
-    generation: Generation,
-    options: GenerateParameters,
-    wants_full: bool,
-) -> dict[str, Any]:
-    payload: dict[str, Any] = {"index": index, "token": _token(step.token)}
-    if options.top_n_tokens:
-        payload["top_tokens"] = [_token(info) for info in step.top_tokens]
-    payload |= {"generated_text": None, "details": None}
-    if step.completion is not None:
-        payload["generated_text"] = _text(step.completion, generation, wants_full)
-        if options.details:
-            payload["details"] = {
-                "finish_reason": step.completion.reason.value,
-                "generated_tokens": step.completion.generated_tokens,
-                "seed": step.completion.seed,
-                "input_length": generation.stream.prompt_tokens,
-            }
-        payload |= warnings_field([generation])
-    return payload

@@ -31,7 +31,8 @@ class TextPart:
 class ImagePart:
     """A picture written into the prompt."""
 
-    source: str = field(repr=False)  # data URI, base64, or an address to be refused
+    source: str = field(repr=False)  # data URI, base64, URL or path
+    overview_only: bool = False  # lay it out without tiles
 
 
 Part = TextPart | ImagePart

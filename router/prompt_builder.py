@@ -5,26 +5,29 @@ somebody else's pictures.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from tessera.router.chat_messages import plain_messages
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import TemplateError, ValidationError
 from tessera.router.model_files import ModelFiles
+from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.pictures import Pictures, reductions
 from tessera.router.pieces import PieceKind
 from tessera.router.prompt import ImagePart, Part, TextPart, count_pictures, parse_inputs
 from tessera.router.request import PlacedImage, PreparedImage
 from tessera.router.schemas import Message
 from tessera.router.settings import RouterSettings
+from tessera.router.token_spans import TokenSpan, chat_stretches, native_stretches, token_spans
 from tessera.router.tokenizer import Tokenizer
+from tessera.router.tool_formats import find_format
+from tessera.router.tool_messages import ToolConversation
+from tessera.router.tools import ToolUse
 
 T = TypeVar("T")
-
-TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
-IMAGE_PARTS = frozenset({"image_url", "image", "input_image"})
 
 # Where a token's text depends on its neighbours, nothing bounds it; no known token comes near.
 LONGEST_PIECE_OF_OTHERS = 1000
@@ -43,6 +46,9 @@ class ChatPrompt:
     """A conversation, to be rendered by the model's template."""
 
     messages: Sequence[Message] = field(repr=False)
+    add_generation_prompt: bool = True  # end with the beginning of an answer
+    continue_final_message: bool = False  # end inside the final message instead
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +71,6 @@ class BuiltPrompt:
     warnings: tuple[str, ...] = ()  # what the client should be told beside its answer
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSpan:
-    """A token and the characters of the client's text it stands for; 0 to 0 means none."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
-
-
 class PromptBuilder:
     """Builds prompts for one model."""
 
@@ -89,11 +85,11 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._files = files
         self._template = template
+        shown = template.tool_source if template else None
+        self.tool_format = find_format(shown, tokenizer.special_id)
         self._longest_piece = _longest_piece(tokenizer)
-        workers = settings.validation_workers
-        self._text_pool = ThreadPoolExecutor(workers, "tokenise")
-        layout, max_pixels = files.layout, settings.max_image_pixels
-        self._pictures = Pictures(layout, max_pixels, workers) if layout else None
+        self._text_pool = ThreadPoolExecutor(settings.validation_workers, "tokenise")
+        self._pictures = Pictures(files.layout, settings) if files.layout else None
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
@@ -102,7 +98,11 @@ class PromptBuilder:
             self._pictures.close()
 
     async def build(
-        self, source: PromptSource, max_tokens: int, truncate: int | None
+        self,
+        source: PromptSource,
+        max_tokens: int,
+        truncate: int | None,
+        allowance: PictureAllowance,
     ) -> BuiltPrompt:
         """Tokenise a prompt and prepare its pictures.
 
@@ -111,6 +111,7 @@ class PromptBuilder:
                 without tokenising it, and pictures are reduced (IMAGE_OVERFLOW=fit); the exact
                 count is the caller's to check.
             truncate: keep so many tokens, the last ones; None: all.
+            allowance: what the pictures of the request may still cost.
 
         Raises:
             ValidationError: it cannot be read, or is certainly too long.
@@ -120,20 +121,42 @@ class PromptBuilder:
             case TextPrompt(text):
                 parsed = await self._in(self._text_pool, lambda: self._parse(text))
                 parts = [p.text if isinstance(p, TextPart) else p for p in parsed]
-                return await self._encode(parts, text, True, max_tokens, truncate)
-            case ChatPrompt(messages):
-                parts, add_special_tokens = await self._render(messages)
+                return await self._encode(parts, text, True, max_tokens, truncate, allowance)
+            case ChatPrompt():
+                parts, add_special_tokens = await self._render(source)
                 text = "".join(part for part in parts if isinstance(part, str))
-                return await self._encode(parts, text, add_special_tokens, max_tokens, truncate)
+                return await self._encode(
+                    parts, text, add_special_tokens, max_tokens, truncate, allowance
+                )
             case IdsPrompt(ids):
                 return await self._checked_ids(ids, max_tokens)
 
-    async def tokenize(self, text: str, max_tokens: int) -> list[TokenSpan]:
-        """The tokens of a native prompt, pictures included. Raises as `build` does."""
-        parsed = await self._in(self._text_pool, lambda: self._parse(text))
-        parts = [p.text if isinstance(p, TextPart) else p for p in parsed]
-        built = await self._encode(parts, text, True, max_tokens, None)
-        return await self._in(self._text_pool, lambda: self._spans(text, parsed, built))
+    async def tokenize(
+        self, source: TextPrompt | ChatPrompt, max_tokens: int, allowance: PictureAllowance
+    ) -> tuple[str, list[TokenSpan]]:
+        """A prompt's text and its tokens, pictures included. Raises as `build` does.
+
+        Returns:
+            The text as the client wrote it or as the template rendered it, in which the image token
+            stands for each picture; and where each token lies in it.
+        """
+        tokenizer = self._tokenizer
+        parts: Sequence[str | ImagePart]
+        if isinstance(source, TextPrompt):
+            text, add_special_tokens = source.text, True
+            parsed = await self._in(self._text_pool, lambda: self._parse(text))
+            parts = [p.text if isinstance(p, TextPart) else p for p in parsed]
+            stretches = native_stretches(text, parsed)
+        else:
+            parts, add_special_tokens = await self._render(source)
+            image_token = tokenizer.image_token or ""
+            text = "".join(part if isinstance(part, str) else image_token for part in parts)
+            stretches = chat_stretches(parts, image_token)
+        built = await self._encode(parts, text, add_special_tokens, max_tokens, None, allowance)
+        return text, await self._in(
+            self._text_pool,
+            lambda: token_spans(tokenizer, stretches, add_special_tokens, built.ids, built.images),
+        )
 
     async def _encode(
         self,
@@ -142,6 +165,7 @@ class PromptBuilder:
         add_special_tokens: bool,
         max_tokens: int,
         truncate: int | None,
+        allowance: PictureAllowance,
     ) -> BuiltPrompt:
         if truncate is not None:
             parts = _tail(parts, (truncate + TRUNCATION_SLACK_TOKENS) * self._longest_piece)
@@ -150,7 +174,7 @@ class PromptBuilder:
         short = await self._in(
             self._text_pool, lambda: tokenizer.encode_parts(parts, add_special_tokens)
         )
-        pictures, warnings = await self._prepare(parts, short, max_tokens, truncate)
+        pictures, warnings = await self._prepare(parts, short, max_tokens, truncate, allowance)
 
         def place() -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
             ids, images = tokenizer.place_images(short, pictures)
@@ -194,22 +218,25 @@ class PromptBuilder:
         ids: Sequence[int],
         max_tokens: int,
         truncate: int | None,
+        allowance: PictureAllowance,
     ) -> tuple[list[PreparedImage], tuple[str, ...]]:
         """The pictures among `parts`, and sentences about those that were reduced.
 
         Args:
             ids: the prompt with one token per picture.
         """
-        sources = [part.source for part in parts if isinstance(part, ImagePart)]
-        if not sources:
+        pictures = [part for part in parts if isinstance(part, ImagePart)]
+        if not pictures:
             return [], ()
+        sources = [picture.source for picture in pictures]
+        overviews = {index for index, picture in enumerate(pictures) if picture.overview_only}
         assert self._pictures is not None and self._files.layout is not None  # by `_check_size`
         room = None
         if self._settings.image_overflow == "fit":
             room = self._room(ids, len(sources), max_tokens, truncate)
-        images = await self._pictures.prepare(sources, room)
+        images = await self._pictures.prepare(sources, room, allowance, overviews)
         limit, name = (truncate, "truncate") if truncate else (max_tokens, "MAX_INPUT_TOKENS")
-        return images, reductions(self._files.layout, images, limit, name)
+        return images, reductions(self._files.layout, images, limit, name, overviews)
 
     def _room(
         self, ids: Sequence[int], num_images: int, max_tokens: int, truncate: int | None
@@ -248,55 +275,25 @@ class PromptBuilder:
     def _in(self, pool: ThreadPoolExecutor, job: Callable[[], T]) -> "asyncio.Future[T]":
         return asyncio.get_running_loop().run_in_executor(pool, job)
 
-    async def _render(self, messages: Sequence[Message]) -> tuple[list[str | ImagePart], bool]:
-        """The conversation as the model was trained on it, and whether the tokenizer adds to that.
-
-        A final message of the assistant's is continued, not answered.
-        """
+    async def _render(self, chat: ChatPrompt) -> tuple[list[str | ImagePart], bool]:
+        """The conversation as the model was trained on it, and whether the tokenizer adds to it."""
         template = self._template
         if template is None:
             raise TemplateError(
                 "this model has no chat template; send a finished prompt to /v1/completions, or "
-                "start the server with TOKENIZER_CONFIG_PATH"
+                "start the server with CHAT_TEMPLATE"
             )
-        plain, sources = _plain_messages(messages)
-        to_continue = messages[-1].role == "assistant"
+        messages, pictures = plain_messages(chat.messages)
+        tools = ToolConversation(self.tool_format, chat.tools)
 
         def render() -> list[str | int]:
-            return template.render(plain, continue_final_message=to_continue)
+            return template.render(
+                messages, chat.add_generation_prompt, chat.continue_final_message, tools
+            )
 
         rendered = await self._in(self._text_pool, render)
-        parts = [ImagePart(sources[part]) if isinstance(part, int) else part for part in rendered]
+        parts = [pictures[part] if isinstance(part, int) else part for part in rendered]
         return parts, template.wants_special_tokens(rendered)
-
-    def _spans(
-        self, text: str, parsed: Sequence[TextPart | ImagePart], built: BuiltPrompt
-    ) -> list[TokenSpan]:
-        """Where each token lies in the client's text.
-
-        Parts are tokenised one by one to find out; should that give other ids than the prompt as a
-        whole, the tokens are listed without places.
-        """
-        spans: list[TokenSpan] = []
-        images = iter(built.images)
-        for part, start, stop in _places(text, parsed):
-            if isinstance(part, ImagePart):
-                image = next(images)
-                token_id = built.ids[image.offset]
-                name = self._tokenizer.token_text(token_id)
-                spans += [TokenSpan(token_id, name, start, stop)] * image.image.num_tokens
-            else:
-                spans += self._text_spans(part.text, start, first=not spans)
-        if tuple(span.id for span in spans) == built.ids:
-            return spans
-        return [TokenSpan(i, self._tokenizer.token_text(i), 0, 0) for i in built.ids]
-
-    def _text_spans(self, text: str, start: int, *, first: bool) -> Iterator[TokenSpan]:
-        for token_id, begin, end in self._tokenizer.encode_with_spans(text, first):
-            if begin == end:  # an added token, like the one sequences begin with
-                yield TokenSpan(token_id, self._tokenizer.token_text(token_id), 0, 0)
-            else:
-                yield TokenSpan(token_id, text[begin:end], start + begin, start + end)
 
 
 def _longest_piece(tokenizer: Tokenizer) -> int:
@@ -305,38 +302,6 @@ def _longest_piece(tokenizer: Tokenizer) -> int:
         return LONGEST_PIECE_OF_OTHERS
     return max(
         (len(tokenizer.piece(token_id)) for token_id in range(tokenizer.vocab_size)), default=1
-    )
-
-
-def _plain_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages as templates take them, and the pictures they hold, taken out, in order."""
-    plain: list[dict[str, Any]] = []
-    sources: list[str] = []
-    for index, message in enumerate(messages):
-        content: str | list[dict[str, Any]]
-        if isinstance(message.content, list):
-            content = []
-            for part in message.content:
-                if part.text is not None and part.type in TEXT_PARTS:
-                    content.append({"type": "text", "text": part.text})
-                elif part.image_source is not None and part.type in IMAGE_PARTS:
-                    content.append({"type": "image"})
-                    sources.append(part.image_source)
-                else:
-                    raise _unreadable_part(index)
-        elif message.content is None:
-            raise ValidationError(f"`messages[{index}].content` is required.", "messages")
-        else:
-            content = message.content
-        plain.append({"role": message.role, "content": content})
-    return plain, sources
-
-
-def _unreadable_part(index: int) -> ValidationError:
-    return ValidationError(
-        f"`messages[{index}].content` may hold parts of type `text` with a `text`, and of type "
-        "`image_url` with a picture as a data URI; nothing else.",
-        "messages",
     )
 
 
@@ -353,18 +318,3 @@ def _tail(parts: Sequence[str | ImagePart], max_characters: int) -> list[str | I
         else:
             kept.append(part)
     return kept[::-1]
-
-
-def _places(
-    text: str, parsed: Sequence[TextPart | ImagePart]
-) -> Iterator[tuple[TextPart | ImagePart, int, int]]:
-    """Each part with where it begins and ends in the text it was parsed from."""
-    start = 0
-    for part in parsed:
-        if isinstance(part, TextPart):
-            stop = start + len(part.text)
-        else:
-            stop = text.index(part.source, start) + len(part.source)
-            stop += len("</image>") if text.startswith("</image>", stop) else len(")")
-        yield part, start, stop
-        start = stop

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from tessera.router.grammar import Grammar
+from tessera.router.guidance_compile import Guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Request:
     fairness_key: str = ""  # requests of one key wait for each other, not for other keys'
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     use_prefix_cache: bool = True
-    grammar: Grammar | None = None  # what the answer must look like; checked by compiling it
+    grammar: Grammar | None = None  # what the answer must look like
+    guide: Guide | None = field(default=None, repr=False)  # the grammar, compiled
     warnings: tuple[str, ...] = ()  # sentences for the reply: what was done differently than asked
     validation_s: float = 0.0  # time from arrival until this value existed
 
@@ -94,6 +96,7 @@ class TokenInfo:
     text: str
     logprob: float
     special: bool = False
+    utf8: bytes | None = None  # what it adds, perhaps part of a character; None: that of `text`
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,11 @@ class Timings:
     queue: float
     inference: float
     first_token: float  # from submission
+
+    @property
+    def prompt(self) -> float:
+        """From the first step that computes something for it to its first token."""
+        return max(0.0, self.first_token - self.queue)
 
     def per_token(self, generated_tokens: int) -> float:
         """Mean inference time of a token."""

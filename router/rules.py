@@ -8,13 +8,12 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tessera.router.errors import ValidationError
+from tessera.router.errors import SuffixUnsupported, TooManyPrompts, ValidationError
 from tessera.router.request import SamplingParams
 from tessera.router.schemas import (
     MAX_UINT64,
     ChatBody,
     CompletionBody,
-    GenerateParameters,
     OpenAIBody,
 )
 from tessera.router.settings import RouterSettings
@@ -60,35 +59,6 @@ class Wishes:
         return self.names.get(ours, ours)
 
 
-def native_wishes(options: GenerateParameters) -> Wishes:
-    """The native API: greedy unless anything about sampling is said.
-
-    So no parameters at all mean greedy as well, where text-generation-inference samples with a
-    random seed: a first try without parameters should give the same answer twice.
-    """
-    said = (options.temperature, options.top_k, options.top_p, options.typical_p, options.min_p)
-    return Wishes(
-        sample=bool(options.do_sample) or any(value is not None for value in said),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        typical_p=options.typical_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        frequency_penalty=options.frequency_penalty,
-        presence_penalty=options.presence_penalty,
-        seed=options.seed,
-        top_n_tokens=options.top_n_tokens or 0,
-        copies=options.best_of or 1,
-        max_new_tokens=options.max_new_tokens,
-        stop=tuple(options.stop or ()),
-        priority=options.priority or 0,
-        cache_salt=options.cache_salt or "",
-        cache_prompt=options.cache_prompt is not False,
-        names={"copies": "best_of"},
-    )
-
-
 def chat_wishes(body: ChatBody) -> Wishes:
     """OpenAI's chat API: samples at temperature 1 unless told otherwise.
 
@@ -112,7 +82,9 @@ def chat_wishes(body: ChatBody) -> Wishes:
 def completion_wishes(body: CompletionBody) -> Wishes:
     """OpenAI's older API, with the same defaults as chat."""
     names = {"max_new_tokens": "max_tokens", "top_n_tokens": "logprobs"}
-    return _openai_wishes(body, body.max_tokens, body.logprobs or 0, names)
+    # A prompt alone is computed with the first token after it, which the reply leaves out.
+    max_new_tokens = 1 if body.wants_no_answer else body.max_tokens
+    return _openai_wishes(body, max_new_tokens, body.logprobs or 0, names)
 
 
 def _openai_wishes(
@@ -166,34 +138,6 @@ def check(wishes: Wishes, settings: RouterSettings, *, top_p_may_be_one: bool) -
     _check_salt(wishes.cache_salt)
 
 
-def check_native(options: GenerateParameters, wishes: Wishes, *, streaming: bool) -> None:
-    """What only the native API forbids.
-
-    Raises:
-        ValidationError: the first rule that is broken.
-    """
-    best_of = options.best_of or 1
-    if best_of > 1 and streaming:
-        raise ValidationError("`best_of` != 1 is not supported when streaming tokens", "best_of")
-    if best_of > 1 and not wishes.sample:
-        raise ValidationError("you must use sampling when `best_of` is > 1", "best_of")
-    if best_of > 1 and options.seed is not None:
-        raise ValidationError("`seed` must not be set when `best_of` > 1", "seed")
-    if options.decoder_input_details and streaming:
-        raise ValidationError(
-            "`decoder_input_details` == true is not supported when streaming tokens",
-            "decoder_input_details",
-        )
-    if options.grammar is not None:
-        raise ValidationError(f"`grammar` is not supported: {NO_GUIDANCE}.", "grammar")
-    if options.adapter_id is not None:
-        raise ValidationError(
-            "`adapter_id` is not supported: no adapters are loaded.", "adapter_id"
-        )
-    if options.watermark:
-        raise ValidationError("`watermark` is not supported; leave it out.", "watermark")
-
-
 def check_chat(body: ChatBody) -> None:
     """What this version cannot do for a chat yet.
 
@@ -202,9 +146,17 @@ def check_chat(body: ChatBody) -> None:
     """
     if body.tools and body.tool_choice != "none":
         raise ValidationError(f"`tools` is not supported: {NO_GUIDANCE}.", "tools")
-    if body.response_format and body.response_format.get("type") != "text":
+    if body.chat_template is not None:
         raise ValidationError(
-            f"`response_format` is not supported: {NO_GUIDANCE}.", "response_format"
+            "`chat_template` cannot be chosen by a request; the server is started with one: "
+            "CHAT_TEMPLATE. A finished prompt can be sent to /v1/completions.",
+            "chat_template",
+        )
+    if body.add_generation_prompt and body.continue_final_message:
+        raise ValidationError(
+            "`continue_final_message` and `add_generation_prompt` cannot both be true: an answer "
+            "either goes on with the final message or begins after it.",
+            "continue_final_message",
         )
 
 
@@ -215,17 +167,17 @@ def check_completion(body: CompletionBody, settings: RouterSettings) -> None:
         ValidationError: with the field that asks for it.
     """
     if body.suffix:
-        raise ValidationError("`suffix` is not supported; leave it out.", "suffix")
+        raise SuffixUnsupported(
+            "Suffix is not supported and can be achieved by preprocessing the prompt.", "suffix"
+        )
     if body.best_of is not None and body.best_of > body.copies:
         raise ValidationError(
             "`best_of` above `n` is not supported here; POST /generate has it.", "best_of"
         )
-    if body.echo and body.logprobs is not None:
-        raise ValidationError("`echo` together with `logprobs` is not supported.", "echo")
     if not body.prompts:
         raise ValidationError("`prompt` cannot be empty", "prompt")
     if len(body.prompts) > settings.max_client_batch_size:
-        raise ValidationError(
+        raise TooManyPrompts(
             "Number of prompts exceeds the maximum allowed batch size of "
             f"{settings.max_client_batch_size} (MAX_CLIENT_BATCH_SIZE). Given: {len(body.prompts)}",
             "prompt",

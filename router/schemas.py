@@ -4,7 +4,7 @@ Fields nobody reads are ignored, and null means absent everywhere, because clien
 are strict: "0.5" is no number, so that a typo is told instead of guessed at.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_UINT64)]
 SignedSeed = Annotated[int, Field(ge=-(2**63), le=MAX_UINT64)]  # OpenAI's may be negative
 
 MAX_ENTRIES = 4096  # of lists whose length no setting limits
+Detail = Literal["auto", "low", "high", "original"]  # low: a picture's overview, no tiles
 T = TypeVar("T")
 Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 TokenIds = Annotated[list[Count], Field(fail_fast=True)]
@@ -25,48 +26,6 @@ class Body(BaseModel):
     """What all bodies share."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class GenerateParameters(Body):
-    """`parameters` of the native routes; names are text-generation-inference's."""
-
-    best_of: Count | None = None
-    temperature: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None  # an addition, with OpenAI's meaning
-    top_k: int | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
-    min_p: float | None = None  # an addition: least probability, relative to the likeliest token's
-    do_sample: bool | None = None
-    max_new_tokens: Count | None = None
-    return_full_text: bool | None = None
-    stop: Entries[str] | None = None
-    truncate: Count | None = None
-    watermark: bool | None = None
-    details: bool | None = None
-    decoder_input_details: bool | None = None
-    seed: Seed | None = None
-    top_n_tokens: Count | None = None
-    grammar: dict[str, Any] | None = None
-    adapter_id: str | None = None
-    priority: int | None = None  # this and the next two: additions, about the queue and the cache
-    cache_salt: str | None = None
-    cache_prompt: bool | None = None
-
-
-class GenerateBody(Body):
-    """POST /generate, /generate_stream, /tokenize and /; only the last reads `stream`."""
-
-    inputs: str
-    parameters: GenerateParameters | None = None
-    stream: bool | None = None
-
-    @property
-    def options(self) -> GenerateParameters:
-        """The parameters; all absent if the client sent none."""
-        return self.parameters or GenerateParameters()
 
 
 class StreamOptions(Body):
@@ -93,6 +52,12 @@ class OpenAIBody(Body):
     stop: str | Entries[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None  # OpenAI's or text-generation-inference's
+    structured_outputs: dict[str, Any] | None = None  # this and the guided_*: as in vLLM
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Entries[str] | None = None
+    guided_grammar: str | None = None
     priority: int | None = None  # this and the next two: additions, about the queue and the cache
     cache_salt: str | None = None
     cache_prompt: bool | None = None
@@ -117,6 +82,7 @@ class ImageUrl(Body):
     """The inner object of an `image_url` part."""
 
     url: str
+    detail: Detail | None = None
 
 
 class ContentPart(Body):
@@ -127,12 +93,34 @@ class ContentPart(Body):
     image_url: ImageUrl | str | None = None
     url: str | None = None
     image: str | None = None
+    detail: Detail | None = None
+    refusal: str | None = None  # what an assistant said instead of an answer
 
     @property
     def image_source(self) -> str | None:
         """The picture's data URI, URL or base64, whichever field holds it."""
         nested = self.image_url.url if isinstance(self.image_url, ImageUrl) else self.image_url
         return nested or self.url or self.image
+
+    @property
+    def image_detail(self) -> str | None:
+        """How finely the picture is to be looked at, whichever field says so."""
+        nested = self.image_url.detail if isinstance(self.image_url, ImageUrl) else None
+        return nested or self.detail
+
+
+class CalledFunction(Body):
+    """What a call of an earlier turn called."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None  # JSON text, or the object itself
+
+
+class ToolCall(Body):
+    """A call the model made in an earlier turn."""
+
+    id: str | None = None
+    function: CalledFunction
 
 
 class Message(Body):
@@ -141,7 +129,37 @@ class Message(Body):
     role: str
     content: str | Entries[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Entries[ToolCall] | None = None
+    tool_call_id: str | None = None  # which call a message of role "tool" answers
+
+
+class FunctionSpec(Body):
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    arguments: dict[str, Any] | None = None  # text-generation-inference's name of it
+    strict: bool | None = None
+
+
+class ToolSpec(Body):
+    """One entry of `tools`."""
+
+    type: str = "function"
+    function: FunctionSpec
+
+
+class FunctionName(Body):
+    """The inner object of `tool_choice`."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """`tool_choice` as an object."""
+
+    function: FunctionName
 
 
 class ChatBody(OpenAIBody):
@@ -151,9 +169,24 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: Count | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tools: Entries[ToolSpec] | None = None
+    tool_choice: str | NamedTool | None = None  # "auto", "none", "required" or a name
+    parallel_tool_calls: bool | None = None
+    tool_prompt: str | None = None  # text-generation-inference's: words about the tools
+    add_generation_prompt: bool | None = None  # this and the next: as in vLLM
+    continue_final_message: bool | None = None
+    chat_template: Any = None  # refused
+
+    @property
+    def is_to_be_continued(self) -> bool:
+        """Whether the answer goes on with the final message, which nobody has to say.
+
+        The assistant's is continued unless the client says anything about it.
+        """
+        said = (self.add_generation_prompt, self.continue_final_message)
+        if said == (None, None):
+            return self.messages[-1].role == "assistant"
+        return bool(self.continue_final_message)
 
 
 class CompletionBody(OpenAIBody):
@@ -164,6 +197,11 @@ class CompletionBody(OpenAIBody):
     echo: bool | None = None
     logprobs: Count | None = None
     suffix: str | None = None
+
+    @property
+    def wants_no_answer(self) -> bool:
+        """Whether it asks for the prompt alone, with its logprobs perhaps."""
+        return bool(self.echo) and self.max_tokens == 0
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -98,9 +98,45 @@ class RouterSettings:
     max_image_pixels: int = setting(
         89_478_485, "pixels of one picture, checked before it is decoded", integer(1)
     )
+    max_request_pixels: int = setting(
+        200_000_000,
+        "pixels of all pictures of one request, checked before any is decoded",
+        integer(1),
+    )
+    allowed_image_domains: tuple[str, ...] = setting(
+        (),
+        "hosts whose pictures are fetched by URL, such as `example.org`, or `example.org:8080` for "
+        "another port than 80 and 443; `*`: any public host; empty: none",
+        comma_list,
+    )
+    allow_private_image_hosts: bool = setting(
+        False,
+        "fetch pictures from loopback and private addresses too; never from link-local ones",
+        boolean,
+    )
+    allowed_image_paths: tuple[str, ...] = setting(
+        (),
+        "folders below which pictures are read by absolute path or file: URI; empty: none",
+        comma_list,
+    )
+    max_image_fetch_size: int = setting(
+        20_000_000,
+        "bytes of the pictures one request has read by URL or path, together, counted meanwhile",
+        integer(1),
+    )
+    image_fetch_timeout: float = setting(
+        10.0, "seconds in which all pictures of a request must be fetched", number(0.1, 3600)
+    )
     payload_limit: int = setting(20_000_000, "bytes of one request body", integer(1))
     validation_workers: int = setting(
         2, "threads that tokenise and decode pictures", integer(1, 256)
+    )
+    disable_grammar_support: bool = setting(
+        False, "refuse requests that prescribe the form of their answer", boolean
+    )
+    max_grammar_bytes: int = setting(100_000, "bytes of one grammar or JSON schema", integer(1))
+    grammar_timeout: float = setting(
+        5.0, "seconds of computation that compiling one grammar may take", number(0.001)
     )
     tokenizer_config_path: str = setting("", "file that replaces the model's tokenizer_config.json")
     api_key: str = setting(
@@ -108,6 +144,11 @@ class RouterSettings:
         "bearer token that requests must carry; empty: none",
         aliases=("VALID_TOKEN",),
         secret=True,
+    )
+    playground: bool = setting(
+        True,
+        "serve a page at /ui for chats about pictures; it needs no key, what it asks for does",
+        boolean,
     )
     cors_allow_origin: tuple[str, ...] = setting(
         (), "origins browsers may call from; empty: any", comma_list

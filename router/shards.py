@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class ShardsInfo:
     world_size: int
 
 
-StepStream = grpc.aio.StreamStreamCall[shard_pb2.Step, shard_pb2.StepReply]
+StepStream = grpc.aio.StreamStreamCall[shard_pb2.StepMessage, shard_pb2.StepReply]
 
 
 class ShardGroup:
@@ -59,6 +60,7 @@ class ShardGroup:
         self._stubs: list[shard_pb2_grpc.ShardAsyncStub] = []  # a name of the typed stubs only
         self._streams: list[StepStream] = []
         self._next_step_id = 0
+        self._writing = asyncio.Lock()  # a stream takes one message at a time
 
     async def connect(self, poll_s: float = 0.2) -> ShardsInfo:
         """Wait until every rank has loaded its weights. Never gives up: the launcher does."""
@@ -107,12 +109,33 @@ class ShardGroup:
         """
         step = step_message(plan, self._next_step_id)
         self._next_step_id += 1
-        for rank, stream in enumerate(self._streams):
-            try:
-                await stream.write(step)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
+        message = shard_pb2.StepMessage(step=step)
+        for rank in range(len(self._streams)):
+            await self._write(rank, message)
         return step.step_id
+
+    async def send_masks(self, step_id: int, masks: Mapping[int, bytes]) -> None:
+        """Tell which tokens the guided sequences of a step may sample; only rank 0 does.
+
+        Args:
+            masks: by sequence id, as `TokenMask.bitmask`; all of a step's may come in parts.
+
+        Raises:
+            ShardsLost: the rank does not take it.
+        """
+        entries = [
+            shard_pb2.TokenMask(sequence_id=sequence_id, bitmask=mask)
+            for sequence_id, mask in masks.items()
+        ]
+        message = shard_pb2.TokenMasks(step_id=step_id, masks=entries)
+        await self._write(0, shard_pb2.StepMessage(masks=message))
+
+    async def _write(self, rank: int, message: shard_pb2.StepMessage) -> None:
+        try:
+            async with self._writing:
+                await self._streams[rank].write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
 
     async def receive(self, step_id: int) -> shard_pb2.StepReply:
         """Rank 0's reply to a step, once all ranks have replied.
@@ -259,6 +282,7 @@ def sampling_message(sequence: Sequence) -> shard_pb2.SamplingParams:
         seed=params.seed,
         top_n_tokens=params.top_n_tokens,
         prompt_logprobs=params.prompt_logprobs,
+        guided=sequence.request.guide is not None,
         logit_bias=[shard_pb2.LogitBias(token_id=i, bias=b) for i, b in params.logit_bias],
     )
     if params.top_p < 1:

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -47,6 +47,7 @@ class Template:
         environment = _make_environment()
         try:
             tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree))
             _Bounded().visit(tree)
             tree.set_environment(environment)
             code = environment.compile(tree)

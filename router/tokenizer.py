@@ -98,6 +98,13 @@ class Tokenizer:
         """How token texts join up."""
         return self._pieces.kind
 
+    def definition(self) -> str:
+        """Its tokenizer.json, with the image token under its own name."""
+        text: str = self._backend.to_str()
+        if self.image_token is None:
+            return text
+        return text.replace(json.dumps(self._placeholder), json.dumps(self.image_token))
+
     def encode_prompt(
         self, parts: Sequence[str | PreparedImage], add_special_tokens: bool
     ) -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
@@ -187,6 +194,11 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return self.image_token_id if token == self.image_token else found
 
+    def special_id(self, token: str) -> int | None:
+        """The id of a token that is left out of texts for readers, None for any other text."""
+        found = self.token_id(token)
+        return found if found is not None and self.is_special(found) else None
+
     def piece(self, token_id: int) -> str | bytes:
         """What a token adds to a text in which it is not the first; "" outside the vocabulary.
 
@@ -203,6 +215,10 @@ class Tokenizer:
         """`piece` as UTF-8."""
         piece = self.piece(token_id)
         return piece if isinstance(piece, bytes) else piece.encode("utf-8")
+
+    def token_utf8(self, token_id: int) -> bytes | None:
+        """`token_bytes`, or None where a token's text depends on its neighbours."""
+        return None if self.kind is PieceKind.OTHER else self.token_bytes(token_id)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is left out of texts for readers."""

@@ -9,7 +9,12 @@ from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import ValidationError
 from tessera.router.generation import Generator, ServingLimits
 from tessera.router.grammar import Grammar
+from tessera.router.guidance import GuideCompiler
+from tessera.router.guidance_compile import Guide, Vocabulary, eos_of
 from tessera.router.model_files import ModelFiles
+from tessera.router.native_bodies import GenerateBody
+from tessera.router.native_rules import check_native, native_grammar, native_wishes
+from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.prompt_builder import (
     BuiltPrompt,
     ChatPrompt,
@@ -17,12 +22,13 @@ from tessera.router.prompt_builder import (
     PromptBuilder,
     PromptSource,
     TextPrompt,
-    TokenSpan,
 )
 from tessera.router.request import Request, StoppingParams
+from tessera.router.response_format import openai_grammar
 from tessera.router.rules import Wishes
-from tessera.router.schemas import ChatBody, CompletionBody, GenerateBody
+from tessera.router.schemas import ChatBody, CompletionBody
 from tessera.router.settings import RouterSettings
+from tessera.router.token_spans import TokenSpan
 from tessera.router.tokenizer import Tokenizer
 
 
@@ -63,10 +69,17 @@ class Validator:
         self._generator = generator
         self._vocab_size = files.vocab_size
         self._prompts = PromptBuilder(settings, tokenizer, files, template)
+        vocabulary = Vocabulary(
+            tokenizer.definition(), files.vocab_size, eos_of(tokenizer.eos_ids, files.vocab_size)
+        )
+        self._guides = GuideCompiler(
+            vocabulary, settings.grammar_timeout, settings.max_grammar_bytes
+        )
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._prompts.close()
+        self._guides.close()
 
     def plan_native(self, body: GenerateBody, *, streaming: bool) -> Plan:
         """Check a body of the native API.
@@ -75,8 +88,8 @@ class Validator:
             ValidationError: the first rule it breaks.
         """
         options = body.options
-        wishes = rules.native_wishes(options)
-        rules.check_native(options, wishes, streaming=streaming)
+        wishes = native_wishes(options)
+        check_native(options, wishes, streaming=streaming)
         rules.check(wishes, self._settings, top_p_may_be_one=False)
         if not body.inputs:
             raise ValidationError("`inputs` cannot be empty", "inputs")
@@ -87,6 +100,7 @@ class Validator:
             truncate=options.truncate,
             prompt_logprobs=bool(options.decoder_input_details),
             include_stop_text=True,
+            grammar=native_grammar(options.grammar),
         )
 
     def plan_chat(self, body: ChatBody) -> Plan:
@@ -94,7 +108,14 @@ class Validator:
         wishes = rules.chat_wishes(body)
         rules.check_chat(body)
         rules.check(wishes, self._settings, top_p_may_be_one=True)
-        return Plan(prompts=[ChatPrompt(body.messages)], wishes=wishes, include_stop_text=False)
+        continues = body.is_to_be_continued
+        prompt = ChatPrompt(body.messages, body.add_generation_prompt is not False, continues)
+        return Plan(
+            prompts=[prompt],
+            wishes=wishes,
+            include_stop_text=False,
+            grammar=openai_grammar(body),
+        )
 
     def plan_completion(self, body: CompletionBody) -> Plan:
         """Check a plain completion. Raises as `plan_native` does."""
@@ -102,7 +123,13 @@ class Validator:
         rules.check_completion(body, self._settings)
         rules.check(wishes, self._settings, top_p_may_be_one=True)
         prompts = [_completion_prompt(prompt) for prompt in body.prompts]
-        return Plan(prompts=prompts, wishes=wishes, include_stop_text=False)
+        return Plan(
+            prompts=prompts,
+            wishes=wishes,
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            include_stop_text=False,
+            grammar=openai_grammar(body),
+        )
 
     async def build(self, plan: Plan, arrived: float, fairness_key: str = "") -> list[Request]:
         """The requests of a plan: for each prompt, all its copies.
@@ -113,13 +140,18 @@ class Validator:
             fairness_key: whose turn it counts for, see `fairness`.
 
         Raises:
-            ValidationError: a prompt cannot be read, or is too long.
+            ValidationError: a prompt cannot be read, or is too long; the grammar cannot be used.
+            OverloadedError: others' grammars take all the time there is.
             NotReadyError: the limits are not known yet.
         """
         limits = self._generator.limits
+        guide = await self._guide(plan.grammar)
         requests: list[Request] = []
+        allowance = PictureAllowance(self._settings)
         for source in plan.prompts:
-            prompt = await self._prompts.build(source, limits.max_input_tokens, plan.truncate)
+            prompt = await self._prompts.build(
+                source, limits.max_input_tokens, plan.truncate, allowance
+            )
             stopping = self._stopping(plan, prompt, limits)
             validation_s = time.perf_counter() - arrived
             requests += [
@@ -139,6 +171,7 @@ class Validator:
                     cache_salt=plan.wishes.cache_salt,
                     use_prefix_cache=plan.wishes.cache_prompt,
                     grammar=plan.grammar,
+                    guide=guide,
                     warnings=prompt.warnings,
                     validation_s=validation_s,
                 )
@@ -154,7 +187,26 @@ class Validator:
         """
         if not inputs:
             raise ValidationError("`inputs` cannot be empty", "inputs")
-        return await self._prompts.tokenize(inputs, self._generator.limits.max_input_tokens)
+        _, spans = await self._tokenize(TextPrompt(inputs))
+        return spans
+
+    async def tokenize_chat(self, body: ChatBody) -> tuple[str, list[TokenSpan]]:
+        """A chat as its template renders it, and the tokens of that. Raises as `build` does."""
+        plan = self.plan_chat(body)
+        (prompt,) = plan.prompts
+        assert isinstance(prompt, ChatPrompt)  # what `plan_chat` makes
+        return await self._tokenize(prompt)
+
+    async def _tokenize(self, prompt: TextPrompt | ChatPrompt) -> tuple[str, list[TokenSpan]]:
+        maximum = self._generator.limits.max_input_tokens
+        return await self._prompts.tokenize(prompt, maximum, PictureAllowance(self._settings))
+
+    async def _guide(self, grammar: Grammar | None) -> Guide | None:
+        if grammar is None:
+            return None
+        if self._settings.disable_grammar_support:
+            raise ValidationError("grammar is not supported", "grammar")
+        return await self._guides.compile(grammar)
 
     def _check_truncate(self, truncate: int | None) -> None:
         maximum = self._generator.limits.max_input_tokens

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,14 +12,17 @@ from torch import Tensor
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
 from tessera.shard.batch import Batch, BatchBuilder, PromptSpan, slice_layout
-from tessera.shard.errors import DeviceError
+from tessera.shard.errors import DeviceError, GroupLost
 from tessera.shard.models.base import ImageTiles, Model, Placement
 from tessera.shard.resilience import in_halves, one_by_one
 from tessera.shard.sampler import Sampled, SampleRow, sample
 from tessera.shard.sequence import SequenceState
+from tessera.shard.token_masks import TokenMaskBox
 from tessera.shard.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROMPT_LOGPROB_ROWS = 256
 """Prompt positions scored at once; bounds the [rows, vocabulary] logits a long prompt needs."""
@@ -31,6 +35,7 @@ class Engine:
         self.model = model
         self.placement = placement
         self.block_size = block_size
+        self.masks = TokenMaskBox()  # of guided sequences
         self._builder = BatchBuilder(block_size, placement.backend.device)
         self._vision = VisionCache()
         self._caches: list[LayerCache] = []
@@ -70,6 +75,7 @@ class Engine:
         """Forget every sequence and image, as when a router connects anew."""
         self._builder.clear()
         self._vision.clear()
+        self.masks.reset()
 
     @torch.inference_mode()
     def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
@@ -102,7 +108,7 @@ class Engine:
         logits_RV = None
         if batch.sample_rows:
             rows_R = torch.tensor(batch.sample_rows, device=hidden_TD.device)
-            logits_RV = self.model.logits(hidden_TD[rows_R])
+            logits_RV = self._logits(hidden_TD[rows_R])
         self.placement.backend.synchronize()
         forwarded = time.perf_counter_ns()
         reply.forward_ns = forwarded - started
@@ -115,14 +121,17 @@ class Engine:
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero."""
 
-        def compute(first: int, last: int) -> Tensor:
+        def forward(first: int, last: int) -> Tensor:
             x_TD = self._embed(batch, first, last, failures)
             return self.model.forward(x_TD, self._caches, slice_layout(batch.layout, first, last))
 
-        if self.placement.group.world_size > 1:
-            return compute(0, batch.num_tokens)
+        def compute(first: int, last: int) -> Tensor:
+            return self._together("forward", last - first, lambda: forward(first, last))
+
         try:
             return _joined(in_halves(compute, 0, batch.num_tokens))
+        except GroupLost:
+            raise
         except Exception:
             logger.exception("a step failed; computing its sequences one by one")
         spans = list(pairwise(batch.layout.query_start))
@@ -166,17 +175,18 @@ class Engine:
             return
 
         def encode(first: int, last: int) -> list[Tensor]:
-            return self.model.encode_images([_tiles(image) for image in new[first:last]])
+            images = [_tiles(image) for image in new[first:last]]
+            num_tiles = sum(image.tiles.shape[0] for image in images)
+            return self._together("vision", num_tiles, lambda: self.model.encode_images(images))
 
         features: Sequence[Tensor | str]
-        if self.placement.group.world_size > 1:
-            features = encode(0, len(new))
-        else:
-            try:
-                features = list(chain.from_iterable(in_halves(encode, 0, len(new))))
-            except Exception:
-                logger.exception("encoding pictures failed; trying them one by one")
-                features = one_by_one(lambda n: encode(n, n + 1)[0], range(len(new)))
+        try:
+            features = list(chain.from_iterable(in_halves(encode, 0, len(new))))
+        except GroupLost:
+            raise
+        except Exception:
+            logger.exception("encoding pictures failed; trying them one by one")
+            features = one_by_one(lambda n: encode(n, n + 1)[0], range(len(new)))
         for image, features_TD in zip(new, features, strict=True):
             if isinstance(features_TD, Tensor):
                 self._vision.put(image.content_hash, features_TD)
@@ -193,7 +203,9 @@ class Engine:
         sampled: list[Sampled] = []
         if logits_RV is not None:
             logits_RV = _fail_non_finite(logits_RV, sequences, failures)
-            sampled = sample(logits_RV, [_sample_row(sequence) for sequence in sequences])
+            masks = self._masks_of(reply.step_id, sequences, failures)
+            rows = [_sample_row(s, masks.get(s.sequence_id, b"")) for s in sequences]
+            sampled = _choose(logits_RV, rows, sequences, failures)
             ids_R.copy_(torch.tensor([token.token_id for token in sampled]))
         token_ids = self.placement.group.broadcast(ids_R).tolist()
         for sequence, token_id in zip(sequences, token_ids, strict=True):
@@ -202,30 +214,73 @@ class Engine:
             if sequence.sequence_id not in failures:
                 _report(reply, sequence.sequence_id, token)
 
+    def _logits(self, hidden_RD: Tensor) -> Tensor | None:
+        """float32 [R, V] on rank 0, None on the others."""
+
+        def compute(first: int, last: int) -> Tensor | None:
+            return self._together(
+                "logits", last - first, lambda: self.model.logits(hidden_RD[first:last])
+            )
+
+        parts = [x for x in in_halves(compute, 0, hidden_RD.shape[0]) if x is not None]
+        return _joined(parts) if parts else None
+
+    def _masks_of(
+        self, step_id: int, sequences: Sequence[SequenceState], failures: dict[int, str]
+    ) -> dict[int, bytes]:
+        """Wait for the masks of guided sequences; one whose mask does not come fails."""
+        guided = [s.sequence_id for s in sequences if s.sampling.guided]
+        if not guided:
+            return {}
+        masks = self.masks.take(step_id, guided)
+        for sequence_id in guided:
+            if sequence_id not in masks:
+                failures.setdefault(sequence_id, "the router did not say which tokens may follow")
+        return masks
+
     def _score_prompt(
         self, hidden_TD: Tensor, ids_T: Tensor, span: PromptSpan, reply: shard_pb2.StepReply
     ) -> None:
         """Logprobs of a chunk's tokens, each given those before it; a collective on all ranks."""
-        logprobs: list[float] = []
-        carried_V = span.sequence.carried_logits_V
-        for start in range(0, span.length, PROMPT_LOGPROB_ROWS):
-            first = span.first_row + start
-            last = span.first_row + min(start + PROMPT_LOGPROB_ROWS, span.length)
-            logits_RV = self.model.logits(hidden_TD[first:last])
-            if logits_RV is None:
-                continue
-            before = [carried_V[None]] if carried_V is not None else []
-            scores_RV = torch.cat([*before, logits_RV[:-1]]).log_softmax(dim=-1)
-            targets_R = ids_T[last - scores_RV.shape[0] : last]
-            logprobs += scores_RV.gather(1, targets_R[:, None])[:, 0].tolist()
-            carried_V = logits_RV[-1]
-        if self.placement.group.rank == 0:
+
+        def score(first: int, last: int) -> list[float]:
+            rows = slice(span.first_row + first, span.first_row + last)
+            before_V = span.sequence.carried_logits_V
+            logprobs, carried_V = self._together(
+                "logits", last - first, lambda: self._scores(hidden_TD[rows], ids_T[rows], before_V)
+            )
             span.sequence.carried_logits_V = carried_V
+            return logprobs
+
+        logprobs: list[float] = []
+        for first in range(0, span.length, PROMPT_LOGPROB_ROWS):
+            last = min(first + PROMPT_LOGPROB_ROWS, span.length)
+            logprobs += chain.from_iterable(in_halves(score, first, last))
+        if self.placement.group.rank == 0:
             reply.prompt_logprobs.add(
                 sequence_id=span.sequence.sequence_id,
                 first_position=span.first_position + span.length - len(logprobs),
                 logprobs=logprobs,
             )
+
+    def _scores(
+        self, hidden_RD: Tensor, ids_R: Tensor, before_V: Tensor | None
+    ) -> tuple[list[float], Tensor | None]:
+        """The rows' logprobs, and the logits that score the row after them; rank 0 alone has any.
+
+        Args:
+            before_V: logits of the row before them; None at the start, whose token has no logprob.
+        """
+        logits_RV = self.model.logits(hidden_RD)
+        if logits_RV is None:
+            return [], None
+        before = [before_V[None]] if before_V is not None else []
+        scores_RV = torch.cat([*before, logits_RV[:-1]]).log_softmax(dim=-1)
+        targets_R = ids_R[ids_R.shape[0] - scores_RV.shape[0] :]
+        return scores_RV.gather(1, targets_R[:, None])[:, 0].tolist(), logits_RV[-1]
+
+    def _together(self, kind: str, num_items: int, work: Callable[[], T]) -> T:
+        return self.placement.group.together(kind, num_items, work)
 
 
 def _joined(parts_TD: list[Tensor]) -> Tensor:
@@ -237,6 +292,31 @@ def _tiles(image: shard_pb2.Image) -> ImageTiles:
     flat = torch.frombuffer(bytearray(image.tiles), dtype=torch.uint8)
     tiles = flat.view(image.num_tiles, side, side, 3)
     return ImageTiles(tiles, image.height, image.width, (image.grid_rows, image.grid_columns))
+
+
+def _choose(
+    logits_RV: Tensor,
+    rows: Sequence[SampleRow],
+    sequences: Sequence[SequenceState],
+    failures: dict[int, str],
+) -> list[Sampled]:
+    """A token for each sequence; those for which none can be chosen fail alone."""
+
+    def choose(first: int, last: int) -> list[Sampled]:
+        return sample(logits_RV[first:last], rows[first:last])
+
+    try:
+        return list(chain.from_iterable(in_halves(choose, 0, len(rows))))
+    except Exception:
+        logger.exception("sampling failed; choosing for the sequences one by one")
+    chosen: list[Sampled] = []
+    one_each = one_by_one(lambda n: choose(n, n + 1)[0], range(len(rows)))
+    for sequence, token in zip(sequences, one_each, strict=True):
+        if isinstance(token, str):
+            failures[sequence.sequence_id] = token
+            token = Sampled(token_id=0, logprob=0.0, top_tokens=())
+        chosen.append(token)
+    return chosen
 
 
 def _fail_non_finite(
@@ -254,11 +334,12 @@ def _fail_non_finite(
     return logits_RV.masked_fill(~finite_R[:, None], 0.0)
 
 
-def _sample_row(sequence: SequenceState) -> SampleRow:
+def _sample_row(sequence: SequenceState, mask: bytes) -> SampleRow:
     return SampleRow(
         params=sequence.sampling,
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
+        mask=mask,
     )
 
 

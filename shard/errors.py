@@ -4,7 +4,11 @@ ShardError
   CheckpointError    the files and the model disagree; the process does not start
   DeviceError        the device is absent, too small or cannot do what was asked
   DivergenceError    router and shard, or two ranks, disagree about what is running
+  GroupLost          ranks can no longer exchange tensors
+  PartFailed         part of a step failed on some rank, and all ranks know
 """
+
+import torch
 
 
 class ShardError(Exception):
@@ -21,3 +25,24 @@ class DeviceError(ShardError):
 
 class DivergenceError(ShardError):
     """The two ends of the step stream disagree; the rank must be restarted."""
+
+
+class GroupLost(ShardError):
+    """An exchange between ranks failed; every rank must be restarted."""
+
+
+class PartFailed(ShardError):
+    """Work of a group failed on some rank. The same is raised on every rank."""
+
+    def __init__(self, *, out_of_memory: bool) -> None:
+        super().__init__("a rank of the group failed; its log has the cause")
+        self.out_of_memory = out_of_memory
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no room for a tensor; on this rank or another."""
+    if isinstance(error, PartFailed):
+        return error.out_of_memory
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,28 +1,21 @@
 """Keeps what goes wrong in a step with the one it belongs to.
 
 Work that runs out of memory is cut in halves and tried again; work that fails otherwise is tried
-piece by piece, so that only the piece at fault is lost. Only a single rank may try again: ranks
-that disagree about what to repeat would wait for each other for ever, so a group lets the error
-pass, which ends it.
+piece by piece, so that only the piece at fault is lost. Work with collectives in it must be done by
+`Group.together`, so that every rank sees the same failures and repeats the same parts. What ends
+the group is let pass.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
+from tessera.shard.errors import GroupLost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the host, had no room for a tensor."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def in_halves(work: Callable[[int, int], R], first: int, last: int) -> list[R]:
@@ -47,6 +40,8 @@ def one_by_one(work: Callable[[T], R], items: Sequence[T]) -> list[R | str]:
     for item in items:
         try:
             results.append(work(item))
+        except GroupLost:
+            raise
         except Exception as error:
             logger.exception("one part of a step failed")
             results.append(describe(error))

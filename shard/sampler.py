@@ -3,13 +3,14 @@
 The random number of a token is a pure function of (seed, position, token id), so a seeded request
 gives the same text alone, in any batch, after a preemption and on any number of ranks.
 
-Letters: R rows, V vocabulary. All arithmetic is float32 on the device of the logits.
+Letters: R rows, G guided rows, V vocabulary, B bytes of a mask. All arithmetic is float32 on the device of the logits.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class SampleRow:
     params: SamplingParams
     token_ids: Sequence[int]  # prompt and generated; the sampled one comes next
     num_prompt_tokens: int
+    mask: bytes = b""  # bit i of byte n: token 8n + i may be sampled; empty: all may
 
     @property
     def position(self) -> int:
@@ -51,14 +53,15 @@ class Sampled:
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """Choose one token per row.
 
-    Order: logit bias, repetition, frequency and presence penalty, temperature, top_k, top_p,
-    typical_p, min_p; then the largest score for temperature 0, else a draw from softmax(scores).
+    Order: logit bias, repetition, frequency and presence penalty, the row's mask, temperature,
+    top_k, top_p, typical_p, min_p; then the largest score for temperature 0, else a draw from
+    softmax(scores).
 
     Args:
         logits_RV: float32; not modified.
         rows: as many as the logits have. Values are in the ranges of SamplingParams.
     """
-    scores_RV = _with_penalties(logits_RV, rows)
+    scores_RV = _masked(_with_penalties(logits_RV, rows), rows)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     ids_R = scores_RV.argmax(dim=-1)
     if drawn:
@@ -109,6 +112,19 @@ def _with_penalties(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     for index in touched:
         _penalise(scores_RV[index], rows[index])
     return scores_RV
+
+
+def _masked(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """The scores with -inf wherever a row's mask forbids a token; the input itself without any."""
+    guided = [index for index, row in enumerate(rows) if row.mask]
+    if not guided:
+        return scores_RV
+    bits_GB = np.stack([np.frombuffer(rows[index].mask, np.uint8) for index in guided])
+    allowed_GV = np.unpackbits(bits_GB, axis=1, count=scores_RV.shape[-1], bitorder="little")
+    guided_G = torch.tensor(guided, device=scores_RV.device)
+    forbidden_GV = torch.from_numpy(allowed_GV == 0).to(scores_RV.device)
+    part_GV = scores_RV[guided_G].masked_fill(forbidden_GV, float("-inf"))
+    return scores_RV.index_copy(0, guided_G, part_GV)
 
 
 def _is_penalised(params: SamplingParams) -> bool:

@@ -51,14 +51,16 @@ class ShardService(shard_pb2_grpc.ShardServicer):
 
     async def Steps(  # noqa: N802
         self,
-        request_iterator: AsyncIterator[shard_pb2.Step],
+        request_iterator: AsyncIterator[shard_pb2.StepMessage],
         context: Context,
     ) -> AsyncIterator[shard_pb2.StepReply]:
         """Run steps in order until the router closes the stream."""
         loop = asyncio.get_running_loop()
         next_step_id = 0
+        steps: asyncio.Queue[shard_pb2.Step | None] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(request_iterator, steps))
         try:
-            async for step in request_iterator:
+            while (step := await steps.get()) is not None:
                 if step.step_id != next_step_id:
                     raise DivergenceError(f"got step {step.step_id}, expected {next_step_id}")
                 next_step_id += 1
@@ -70,4 +72,23 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             logger.exception("a step failed")
             await context.abort(grpc.StatusCode.INTERNAL, "a step failed; see the shard's log")
         finally:
+            reading.cancel()
+            self._engine.masks.close()
             await loop.run_in_executor(self._device_thread, self._engine.reset)
+
+    async def _read(
+        self,
+        messages: AsyncIterator[shard_pb2.StepMessage],
+        steps: "asyncio.Queue[shard_pb2.Step | None]",
+    ) -> None:
+        """Sort what comes while steps run: masks belong to one that may be waiting for them."""
+        try:
+            async for message in messages:
+                if message.HasField("masks"):
+                    masks = {mask.sequence_id: mask.bitmask for mask in message.masks.masks}
+                    self._engine.masks.put(message.masks.step_id, masks)
+                else:
+                    steps.put_nowait(message.step)
+        finally:
+            self._engine.masks.close()
+            steps.put_nowait(None)

@@ -11,9 +11,8 @@ from tessera.proto.image_layout import AnyResLayout, ImageLayout
 from tessera.shard.backends.base import LayerCache
 from tessera.shard.batch import Batch, BatchBuilder
 from tessera.shard.engine import Engine
-from tessera.shard.errors import DeviceError
+from tessera.shard.errors import DeviceError, is_out_of_memory
 from tessera.shard.models.base import ImageTiles
-from tessera.shard.resilience import is_out_of_memory
 from tessera.shard.sampler import SampleRow, sample
 
 logger = logging.getLogger(__name__)
@@ -77,12 +76,26 @@ def warm_up(
     if num_blocks < -(-request.max_context_len // engine.block_size):
         raise DeviceError(_explain(engine, request, weights, free, step, num_blocks))
     engine.allocate_cache(num_blocks)
+    _rehearse(engine, layout)
     return shard_pb2.WarmupReply(
         num_blocks=num_blocks,
         block_bytes=shape.block_bytes,
         weights_bytes=weights,
         peak_step_bytes=step.total,
     )
+
+
+def _rehearse(engine: Engine, layout: ImageLayout | None) -> None:
+    """One small step through everything, from which a group learns its collectives."""
+    step = shard_pb2.Step()
+    step.chunks.add(token_ids=[0], new_block_ids=[1], is_last=True, num_prompt_tokens=1)
+    step.chunks[0].sampling.SetInParent()
+    if layout is not None:
+        pixels = bytes(3 * layout.tile**2)
+        image = {"height": layout.tile, "width": layout.tile, "num_tiles": 1, "tiles": pixels}
+        step.images.add(content_hash=bytes(16), **image)
+    engine.run(step)
+    engine.reset()
 
 
 def _explain(

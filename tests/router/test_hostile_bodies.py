@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from tessera.router.schemas import ChatBody, CompletionBody, GenerateParameters
+from tessera.router.native_bodies import GenerateParameters
+from tessera.router.schemas import ChatBody, CompletionBody
 from tests.router.http_fakes import FakeGenerator, Script, call, post
 
 App = Callable[..., Starlette]

@@ -397,9 +397,6 @@ def test_sources_are_decoded(source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("http://10.0.0.1/secret.png", "fetching pictures by URL is switched off"),
-        ("HTTPS://example.org/a.png", "fetching pictures by URL is switched off"),
-        (" \thttps:\\\\example.org", "fetching pictures by URL is switched off"),
         ("file:///etc/passwd", "not read from files"),
         ("ftp://example.org/a.png", "not read from files"),
         ("s3://bucket/a.png", "not read from files"),

@@ -54,6 +54,12 @@ def test_chat(vision_app: App) -> None:
         "completion_tokens": 3,
         "total_tokens": prompt_tokens + 3,
         "prompt_tokens_details": {"cached_tokens": 3, "image_tokens": 0},
+        "avg_tok_per_sec": round((prompt_tokens + 3) / 0.3, 3),
+        "avg_prompt_tok_per_sec": round(prompt_tokens / 0.15, 3),
+        "avg_compl_tok_per_sec": 20.0,
+        "total_time_sec": 0.5,
+        "total_prompt_time_sec": 0.15,
+        "total_completion_time_sec": 0.15,
     }
 
 

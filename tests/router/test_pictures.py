@@ -16,8 +16,10 @@ from starlette.applications import Starlette
 from tessera.proto.image_layout import AnyResLayout, CropLayout, ImageLayout
 from tessera.router.errors import ValidationError
 from tessera.router.images import prepare_image
+from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.pictures import Pictures, fitting_tokens, reductions
 from tessera.router.request import Request
+from tessera.router.settings import RouterSettings
 from tessera.router.validation import Validator
 from tests.router.http_fakes import LIMITS, FakeGenerator, events, post
 from tests.router.test_validation import build, native
@@ -107,12 +109,13 @@ def test_only_pictures_that_must_change_are_decoded_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("tessera.router.pictures.prepare_image", counting)
     layout = AnyResLayout(56, 14, ((56, 112), (112, 56), (112, 112)))
-    pictures = Pictures(layout, 10**6, workers=1)
+    options = RouterSettings()
+    pictures = Pictures(layout, options)
     sources = [source(), source(20, 20)]
-    one = asyncio.run(pictures.prepare(sources[:1], 50))
+    one = asyncio.run(pictures.prepare(sources[:1], 50, PictureAllowance(options)))
     assert (len(decoded), one[0].num_tokens) == (1, 36)
     decoded.clear()
-    both = asyncio.run(pictures.prepare(sources, 60))
+    both = asyncio.run(pictures.prepare(sources, 60, PictureAllowance(options)))
     assert [image.num_tokens for image in both] == [16, 36]
     assert len(decoded) == 3
     pictures.close()

@@ -5,7 +5,8 @@ import pytest
 
 from tessera.router.errors import MalformedBody, RouterError, ValidationError
 from tessera.router.json_body import parse_body
-from tessera.router.schemas import ChatBody, CompletionBody, GenerateBody
+from tessera.router.native_bodies import GenerateBody
+from tessera.router.schemas import ChatBody, CompletionBody
 
 
 def chat(**fields: Any) -> ChatBody:

@@ -110,9 +110,12 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
         return shard_pb2.WarmupReply(num_blocks=100 - self.rank)
 
     async def Steps(  # noqa: N802
-        self, request_iterator: AsyncIterator[shard_pb2.Step], context: grpc.aio.ServicerContext
+        self,
+        request_iterator: AsyncIterator[shard_pb2.StepMessage],
+        context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[shard_pb2.StepReply]:
-        async for step in request_iterator:
+        async for message in request_iterator:
+            step = message.step
             if self.fault == "dies":
                 await context.abort(grpc.StatusCode.INTERNAL, "a step failed")
             if self.fault == "ends":

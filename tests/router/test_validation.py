@@ -12,7 +12,8 @@ from PIL import Image
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import NotReadyError, TemplateError, ValidationError
 from tessera.router.request import PreparedImage, Request
-from tessera.router.schemas import ChatBody, CompletionBody, GenerateBody
+from tessera.router.native_bodies import GenerateBody
+from tessera.router.schemas import ChatBody, CompletionBody
 from tessera.router.validation import Plan, Validator
 
 MakeValidator = Callable[..., Validator]

@@ -12,6 +12,7 @@ from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
+from tessera.shard.sampler import Sampled, SampleRow, sample
 from tessera.shard.warmup import warm_up
 
 VOCABULARY = 32
@@ -359,3 +360,22 @@ def test_a_step_that_runs_out_of_memory_while_it_is_tried_names_one_that_does_no
     with pytest.raises(DeviceError, match=r"MAX_BATCH_PREFILL_TOKENS=64 .*TOKENS=16.*NUM_SHARD"):
         warm_up(small_engine(model, 100_000, 20_000), request(), 1.0, None)
     warm_up(small_engine(model, 100_000, 20_000), request(max_step_tokens=16), 1.0, None)
+
+
+def test_a_sampler_that_fails_for_one_sequence_fails_it_alone(
+    engine: Engine, model: TableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fragile(logits_RV: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no room")
+        if any(row.params.seed == 1 for row in rows):
+            raise ValueError("a seed that the sampler cannot take")
+        return sample(logits_RV, rows)
+
+    monkeypatch.setattr("tessera.shard.engine.sample", fragile)
+    seeds = {0: 5, 1: 1, 2: 7}
+    params = {n: shard_pb2.SamplingParams(seed=seed) for n, seed in seeds.items()}
+    reply = engine.run(shard_pb2.Step(chunks=[chunk(n, [4], sampling=params[n]) for n in params]))
+    likeliest = int(model.table_VV[4].argmax())
+    assert tokens(reply) == {0: likeliest, 2: likeliest}
+    assert [failure.sequence_id for failure in reply.failures] == [1]

@@ -11,6 +11,7 @@ import pytest
 from tessera.proto import shard_pb2, shard_pb2_grpc
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.service import ShardService
+from tessera.shard.token_masks import TokenMaskBox
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ class EchoEngine:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
         self.resets = 0
+        self.masks = TokenMaskBox()
 
     def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
         if self.failure is not None:
@@ -66,7 +68,7 @@ async def replies(
 ) -> list[shard_pb2.StepReply]:
     async def requests() -> AsyncIterator[shard_pb2.Step]:
         for message in steps:
-            yield message
+            yield shard_pb2.StepMessage(step=message)
 
     return [reply async for reply in stub.Steps(requests())]
 

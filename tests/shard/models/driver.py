@@ -200,17 +200,18 @@ class ThreadGroup(Group):
         super().__init__(rank, world_size)
         self._meeting = meeting
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x.copy_(torch.stack(self._exchange(x)).sum(0))
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self._meet(x)).sum(0))
 
-    def gather_last_dim(self, x_SV: Tensor) -> Tensor | None:
-        pieces = self._exchange(x_SV)
-        return torch.cat(pieces, dim=-1) if self.rank == 0 else None
+    def _gather(self, x: Tensor, pieces: list[Tensor] | None) -> None:
+        tensors = self._meet(x)
+        if pieces is not None:
+            pieces[:] = tensors
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        return x.copy_(self._exchange(x)[0])
+    def _broadcast(self, x: Tensor) -> Tensor:
+        return x.copy_(self._meet(x)[0])
 
-    def _exchange(self, x: Tensor) -> list[Tensor]:
+    def _meet(self, x: Tensor) -> list[Tensor]:
         """Every rank's tensor as it was on entry."""
         self._meeting.tensors[self.rank] = x.clone()
         self._meeting.barrier.wait()
@@ -234,6 +235,6 @@ def on_ranks(world_size: int, work: Callable[[Group], T]) -> list[T]:
         futures = [pool.submit(one, rank) for rank in range(world_size)]
         errors = [e for e in (f.exception() for f in futures) if e is not None]
         broken = threading.BrokenBarrierError
-        for error in sorted(errors, key=lambda e: isinstance(e, broken)):
+        for error in sorted(errors, key=lambda e: isinstance(e.__cause__ or e, broken)):
             raise error
         return [future.result() for future in futures]

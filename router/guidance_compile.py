@@ -1,0 +1,145 @@
+"""From a client's grammar to what tells, token by token, how an answer may go on.
+
+Runs wherever it is called and may take long, or crash: only call it on what `guidance_trial` let
+pass.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from tessera.router.grammar import Grammar, GrammarKind
+
+MAX_MESSAGE = 200
+MAX_QUOTED = 40
+
+# Room for a line break and its indentation, or one space: a model can lay its answer out, but
+# cannot fill it with blanks for ever.
+_WHITESPACE = r"( |\n {0,32})?"
+
+# These win over the client's own `x-guidance`: what cannot be kept is refused, never ignored.
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": _WHITESPACE,
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+_ONE_OF = (
+    "`oneOf` needs alternatives of which only one can match, such as different types or a property "
+    "with different constants; use `anyOf`"
+)
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used. The message is safe to show to a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a tokenizer's library needs to know of it."""
+
+    definition: str  # a tokenizer.json
+    size: int  # token ids of the model; those that the tokenizer does not know are never allowed
+    eos_ids: tuple[int, ...]
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of a mask with a bit per token id, in whole 32-bit words."""
+        return -(-self.size // 32) * 4
+
+    def load(self) -> LLTokenizer:
+        """Build the trie of all tokens; takes a second for large ones."""
+        eos = list(self.eos_ids) or None
+        return LLTokenizer(self.definition, n_vocab=self.size, eos_token=eos)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guide:
+    """A compiled grammar that any number of requests can follow."""
+
+    _matcher: LLMatcher  # stands before the first token, and always will
+    mask_bytes: int  # of one mask: a bit per token id of the model, in whole 32-bit words
+    num_bytes: int = 0  # of memory that compiling it took
+
+    def start(self) -> LLMatcher:
+        """A matcher of one's own."""
+        return self._matcher.deep_copy()
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """A matcher that stands before the first token.
+
+    Raises:
+        GrammarError: the grammar is damaged, asks for something unknown, is too large, or allows no
+            answer at all.
+    """
+    try:
+        matcher = LLMatcher(tokenizer, _definition(grammar), limits=_limits(), log_level=0)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise GrammarError(_described(str(error))) from None
+    first = matcher.deep_copy()
+    if not first.is_error():
+        first.compute_bitmask()
+    if first.is_error():
+        raise GrammarError(_described(first.get_error()))
+    return matcher
+
+
+def _limits() -> LLParserLimits:
+    """Of one mask: some 20 ms; of one request: some 40 MB of lexer states."""
+    return LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+
+
+def _definition(grammar: Grammar) -> str:
+    """The grammar as the library writes it."""
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA:
+            if not isinstance(json.loads(grammar.source), dict):
+                raise GrammarError("a JSON schema must be an object")
+            return LLMatcher.grammar_from_json_schema(grammar.source, overrides=_JSON_OPTIONS)
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case GrammarKind.LARK:
+            return LLMatcher.grammar_from_lark(grammar.source)
+        case GrammarKind.CHOICE:
+            return LLMatcher.grammar_from_lark(_alternatives(grammar.source))
+
+
+def _alternatives(source: str) -> str:
+    choices = json.loads(source)
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        raise GrammarError("a choice is a list of strings that are not empty")
+    if not choices:
+        raise GrammarError("a choice needs at least one string")
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def _described(message: str) -> str:
+    """What went wrong, without the grammar itself, which the library likes to quote."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if message.startswith(("NoExtension", "panic")):
+        return _of_state(message)
+    if "coerce_one_of" in message:
+        return _ONE_OF
+    reasons = [line for line in lines if line.startswith("error: ")]
+    text = reasons[-1].removeprefix("error: ") if reasons else (lines or ["it cannot be read"])[0]
+    text = text.split("; following special tokens")[0]
+    text = re.sub(r"^(at )?\d+\(\d+\): ", "", text)
+    text = re.sub(rf'"[^"]{{{MAX_QUOTED},}}"?', '"..."', text)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
+
+
+def _of_state(message: str) -> str:
+    if message.startswith("NoExtension"):
+        return "it allows no answer"
+    return "it is too large or too complex"
+
+
+def eos_of(eos_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids that end an answer, in order, as far as the model has them."""
+    return tuple(sorted(id_ for id_ in eos_ids if id_ < vocab_size))
