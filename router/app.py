@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tessera.router.admission import Admission
+from tessera.router.docs import docs_routes
 from tessera.router.errors import MethodNotAllowed, NotFound, RouterError
 from tessera.router.generation import Generator
 from tessera.router.metrics import Metrics
@@ -21,6 +22,7 @@ from tessera.router.model_files import ModelFiles
 from tessera.router.native_api import NativeApi
 from tessera.router.notices import HEADER as WARNINGS
 from tessera.router.openai_api import OpenAIApi
+from tessera.router.platform_api import PlatformApi
 from tessera.router.playground import playground_routes
 from tessera.router.replies import InternalError, error_reply
 from tessera.router.server_info import ServerInfo
@@ -54,9 +56,10 @@ def create_app(
     )
     native = NativeApi(generator, validator, desk, metrics, info)
     openai = OpenAIApi(generator, validator, desk, info)
+    platforms = PlatformApi(native, openai)
     page = playground_routes(settings.payload_limit) if settings.playground else []
     app = Starlette(
-        routes=[*native.routes(), *openai.routes(), *page],
+        routes=[*native.routes(), *openai.routes(), *platforms.routes(), *docs_routes(), *page],
         exception_handlers={
             RouterError: _on_router_error,
             HTTPException: _on_http_exception,

@@ -10,30 +10,40 @@ from tessera.router.openai_answers import (
     is_end_token,
     json_logprob,
 )
-from tessera.router.request import TokenEvent, TokenInfo
+from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.schemas import ChatBody
 from tessera.router.token_streams import Collected
+from tessera.router.tool_parser import CallSyntax, ToolCallParser
+from tessera.router.tool_replies import call_finish_reason, json_delta, read_answer
 
 
-def chat_choice(index: int, one: Collected, body: ChatBody) -> dict[str, Any]:
-    """One entry of `choices` of a whole reply."""
+def chat_choice(
+    index: int, one: Collected, body: ChatBody, calls: CallSyntax | None = None
+) -> dict[str, Any]:
+    """One entry of `choices` of a whole reply; `calls` tells how it may call functions."""
     logprobs = None
     if body.logprobs:
         content = [_logprob(token, top) for token, top in answer_tokens(one)]
         logprobs = {"content": content, "refusal": None}
+    message: dict[str, Any] = {"content": one.completion.text}
+    reason = finish_reason(one.completion)
+    if calls is not None:
+        message, reason = read_answer(one.completion, calls)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": one.completion.text, "refusal": None},
+        "message": {"role": "assistant", **message, "refusal": None},
         "logprobs": logprobs,
-        "finish_reason": finish_reason(one.completion),
+        "finish_reason": reason,
     }
 
 
 class ChatWriter:
-    """Choices of a stream: the role once, then pieces of content, then the reason for the end."""
+    """Choices of a stream: the role once, then the answer's pieces, then the reason for its end."""
 
-    def __init__(self, body: ChatBody) -> None:
+    def __init__(self, body: ChatBody, calls: CallSyntax | None = None) -> None:
+        """`calls` tells how the answers may call functions."""
         self._wants_logprobs = bool(body.logprobs)
+        self._parsers = [ToolCallParser(calls) for _ in range(body.copies)] if calls else []
         self._begun: set[int] = set()
 
     def choices(self, index: int, step: TokenEvent) -> list[str]:
@@ -42,12 +52,29 @@ class ChatWriter:
         if index not in self._begun:
             self._begun.add(index)
             choices.append(_delta(index, '{"role":"assistant","content":""}'))
-        logprobs = self._logprobs(step)
-        if step.text or logprobs != "null":
-            choices.append(_delta(index, f'{{"content":{to_json(step.text)}}}', logprobs))
+        pieces, logprobs = self._pieces(index, step), self._logprobs(step)
+        if not pieces and logprobs != "null":
+            pieces = ['{"content":""}']
+        for piece in pieces:
+            choices.append(_delta(index, piece, logprobs))
+            logprobs = "null"  # of the token; the first of its pieces has them
         if step.completion is not None:
-            choices.append(_delta(index, "{}", reason=f'"{finish_reason(step.completion)}"'))
+            choices.append(_delta(index, "{}", reason=f'"{self._reason(index, step.completion)}"'))
         return choices
+
+    def _pieces(self, index: int, step: TokenEvent) -> list[str]:
+        """The contents of deltas, as JSON."""
+        if not self._parsers:
+            return [f'{{"content":{to_json(step.text)}}}'] if step.text else []
+        deltas = self._parsers[index].feed(step.text)
+        if step.completion is not None:
+            deltas += self._parsers[index].finish()
+        return [to_json(json_delta(delta)) for delta in deltas]
+
+    def _reason(self, index: int, completion: Completion) -> str:
+        if not self._parsers:
+            return finish_reason(completion)
+        return call_finish_reason(completion, self._parsers[index])
 
     def _logprobs(self, step: TokenEvent) -> str:
         if not self._wants_logprobs or is_end_token(step.token, step.completion):

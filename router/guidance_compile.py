@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -100,7 +101,8 @@ def _definition(grammar: Grammar) -> str:
         case GrammarKind.JSON_SCHEMA:
             if not isinstance(json.loads(grammar.source), dict):
                 raise GrammarError("a JSON schema must be an object")
-            return LLMatcher.grammar_from_json_schema(grammar.source, overrides=_JSON_OPTIONS)
+            options: Any = _JSON_OPTIONS  # the library does not export their type
+            return LLMatcher.grammar_from_json_schema(grammar.source, overrides=options)
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(grammar.source)
         case GrammarKind.LARK:

@@ -5,7 +5,7 @@ So each is first compiled by a fork of a process that has nothing but the tokeni
 that the kernel keeps. What passes is harmless to compile again in the router.
 
 The process speaks JSON lines: first it is told the vocabulary and the limit, then each grammar is
-answered by {"error": sentence or null, "bytes": memory it took}. It ends with its input.
+answered by a `_Reply`. It ends with its input.
 """
 
 import json
@@ -15,7 +15,7 @@ import select
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from llguidance import LLTokenizer
 
@@ -33,6 +33,12 @@ START_S = 30.0
 """The first answer also waits for the process to read its tokenizer."""
 
 TOO_COMPLEX = "it takes too long or too much memory to compile; make it smaller or simpler"
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    error: str | None  # a sentence that is safe to show
+    num_bytes: int  # of memory that compiling took
 
 
 class TrialLost(Exception):
@@ -60,9 +66,9 @@ class Trial:
         except (OSError, ValueError):  # ended from outside, or it hangs
             self.close()
             raise TrialLost from None
-        if reply["error"] is not None:
-            raise GrammarError(reply["error"])
-        return int(reply["bytes"])
+        if reply.error is not None:
+            raise GrammarError(reply.error)
+        return reply.num_bytes
 
     def close(self) -> None:
         """End the process; a later `check` starts another."""
@@ -83,15 +89,12 @@ class Trial:
         return process
 
 
-def _ask(
-    process: "subprocess.Popen[str]", grammar: Grammar, timeout_s: float
-) -> dict[str, str | int | None]:
+def _ask(process: "subprocess.Popen[str]", grammar: Grammar, timeout_s: float) -> "_Reply":
     assert process.stdout is not None
     _write(process, {"kind": grammar.kind.value, "source": grammar.source})
     if not select.select([process.stdout], [], [], timeout_s)[0]:
         raise TimeoutError
-    reply: dict[str, str | int | None] = json.loads(process.stdout.readline())
-    return reply
+    return _Reply(**json.loads(process.stdout.readline()))
 
 
 def _write(process: "subprocess.Popen[str]", message: object) -> None:
@@ -141,7 +144,7 @@ def _limit(timeout_s: float) -> None:
 
 
 def _reply(error: str | None, num_bytes: int) -> None:
-    os.write(1, (json.dumps({"error": error, "bytes": num_bytes}) + "\n").encode())
+    os.write(1, (json.dumps(asdict(_Reply(error, num_bytes))) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main() -> None:
     try:
         settings = begin(RouterSettings, "tessera-router", __doc__ or "")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says at start, we say
+        logging.getLogger("httpcore2").setLevel(logging.WARNING)  # would log what is fetched
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
             status = runner.run(_serve(settings))
     except (SettingsError, ModelFilesError, ImageLayoutError, WarmupFailed) as error:

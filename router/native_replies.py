@@ -4,7 +4,7 @@ The shapes are types so that mypy holds the code to them and `openapi` can descr
 """
 
 from collections.abc import Sequence
-from typing import NotRequired
+from typing import NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -52,7 +52,7 @@ class BestOfSequence(Answer):
 
 
 class Details(Answer):
-    """The likeliest answer, and the others."""
+    """How the likeliest answer came about, and the others."""
 
     best_of_sequences: NotRequired[list[BestOfSequence]]
 
@@ -161,19 +161,17 @@ def span_replies(spans: Sequence[TokenSpan]) -> list[SpanReply]:
 def _details(
     best: Collected, others: Sequence[Collected], options: GenerateParameters, wants_full: bool
 ) -> Details:
-    answer = _answer(best, options)
+    likeliest = _answer(best, options)
     if not others:
-        return {**answer}
-    return {
-        **answer,
-        "best_of_sequences": [
-            {
-                "generated_text": _text(one.completion, one.generation, wants_full),
-                **_answer(one, options),
-            }
-            for one in others
-        ],
-    }
+        return cast(Details, likeliest)  # it lacks a key that may be absent
+    sequences: list[BestOfSequence] = [
+        {
+            "generated_text": _text(one.completion, one.generation, wants_full),
+            **_answer(one, options),
+        }
+        for one in others
+    ]
+    return {**likeliest, "best_of_sequences": sequences}
 
 
 def _answer(one: Collected, options: GenerateParameters) -> Answer:

@@ -52,13 +52,16 @@ class OpenAIApi:
         with self.desk.ticket(request.state.request_id) as ticket:
             body = await read_body(request, ChatBody)
             began = time.perf_counter()
-            generations = await self._submit(request, ticket, self.validator.plan_chat(body), began)
+            plan = self.validator.plan_chat(body)
+            generations = await self._submit(request, ticket, plan, began)
             if body.stream:
                 envelope = self._envelope("chatcmpl", "chat.completion.chunk")
-                writer = ChatWriter(body)
+                writer = ChatWriter(body, plan.calls)
                 return await self._stream(request, ticket, generations, writer, envelope, body)
             collected = await unless_client_leaves(request, collect_all(generations))
-            choices = [chat_choice(index, one, body) for index, one in enumerate(collected)]
+            choices = [
+                chat_choice(index, one, body, plan.calls) for index, one in enumerate(collected)
+            ]
             envelope = self._envelope("chatcmpl", "chat.completion")
             return self._reply(envelope, choices, collected, body.copies, began)
 

@@ -18,7 +18,6 @@ from tessera.router.schemas import (
 )
 from tessera.router.settings import RouterSettings
 
-NO_GUIDANCE = "guided generation is not available in this version"
 # Logits divided by less than this overflow 32-bit floats; sampling is greedy long before.
 LEAST_TEMPERATURE = 1e-4
 MAX_PENALTY = 2.0
@@ -144,8 +143,6 @@ def check_chat(body: ChatBody) -> None:
     Raises:
         ValidationError: with the field that asks for it.
     """
-    if body.tools and body.tool_choice != "none":
-        raise ValidationError(f"`tools` is not supported: {NO_GUIDANCE}.", "tools")
     if body.chat_template is not None:
         raise ValidationError(
             "`chat_template` cannot be chosen by a request; the server is started with one: "

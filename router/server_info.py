@@ -1,12 +1,40 @@
 """What the server says about itself."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from tessera.router.errors import NotReadyError
-from tessera.router.generation import Generator
+from tessera.router.generation import Generator, ServingLimits
 from tessera.router.model_files import PipelineTag
 from tessera.router.settings import RouterSettings
+
+
+class Info(TypedDict):
+    """The model and the limits. Null: not known, or not before the warm-up is done."""
+
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int | None
+    max_total_tokens: int | None
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+    model_dtype: str | None  # this and what follows: text-generation-inference 2 had most of them
+    model_device_type: str | None
+    waiting_served_ratio: float
+    max_batch_prefill_tokens: int | None
+    max_batch_total_tokens: int | None
+    max_waiting_tokens: int
+    max_batch_size: int | None
+    num_shard: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +63,10 @@ class ServerInfo:
         limits = generator.limits
         return f"{limits.num_shard}-{limits.device or 'cpu'}"
 
-    def as_json(self, generator: Generator) -> dict[str, Any]:
+    def as_json(self, generator: Generator) -> Info:
         """The body of GET /info: the keys of text-generation-inference 3, and those 2 had."""
         settings = self.settings
+        limits = _limits(generator)
         return {
             "model_id": self.model_name,
             "model_sha": self.model_sha,
@@ -45,31 +74,28 @@ class ServerInfo:
             "max_concurrent_requests": settings.max_concurrent_requests,
             "max_best_of": settings.max_best_of,
             "max_stop_sequences": settings.max_stop_sequences,
+            "max_input_tokens": limits and limits.max_input_tokens,
+            "max_total_tokens": limits and limits.max_total_tokens,
             "validation_workers": settings.validation_workers,
             "max_client_batch_size": settings.max_client_batch_size,
             "router": "tessera-router",
             "version": self.version,
             "sha": None,
             "docker_label": None,
+            "model_dtype": limits and limits.dtype,
+            "model_device_type": limits and limits.device,
             "waiting_served_ratio": settings.waiting_served_ratio,
+            "max_batch_prefill_tokens": limits and limits.max_batch_prefill_tokens,
+            "max_batch_total_tokens": limits and limits.max_batch_total_tokens,
             "max_waiting_tokens": settings.max_waiting_tokens,
-            **_limits_json(generator),
+            "max_batch_size": limits and limits.max_batch_size,
+            "num_shard": limits and limits.num_shard,
         }
 
 
-def _limits_json(generator: Generator) -> dict[str, Any]:
-    """What the warm-up found out; null until then."""
+def _limits(generator: Generator) -> ServingLimits | None:
+    """What the warm-up found out; None until then."""
     try:
-        limits = generator.limits
+        return generator.limits
     except NotReadyError:
-        limits = None
-    return {
-        "max_input_tokens": limits and limits.max_input_tokens,
-        "max_total_tokens": limits and limits.max_total_tokens,
-        "max_batch_prefill_tokens": limits and limits.max_batch_prefill_tokens,
-        "max_batch_total_tokens": limits and limits.max_batch_total_tokens,
-        "max_batch_size": limits and limits.max_batch_size,
-        "model_dtype": limits and limits.dtype,
-        "model_device_type": limits and limits.device,
-        "num_shard": limits and limits.num_shard,
-    }
+        return None

@@ -57,9 +57,7 @@ TAGGED = ToolFormat(
     between="\n</tool_call>\n<tool_call>\n",
     last="\n</tool_call>",
 )
-LISTED = ToolFormat(
-    marker="[TOOL_CALLS]", opening=" [", between=", ", last="]", has_short_ids=True
-)
+LISTED = ToolFormat(marker="[TOOL_CALLS]", opening=" [", between=", ", last="]", has_short_ids=True)
 BARE = ToolFormat(marker="", opening="", between=None, last="", arguments_key="parameters")
 EXPLAINED = replace(TAGGED, is_native=False)
 

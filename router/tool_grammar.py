@@ -34,7 +34,9 @@ def tool_grammar(use: ToolUse, format: ToolFormat, answer: Grammar | None = None
     elif answer is None:
         lines += _text_or_calls(use, format)
     else:
-        lines.append(f"answer: %json {_answer_schema(answer, format)}")
+        _check_answer(answer, format)
+        schema = json.loads(answer.source) | {"x-guidance": _SPACING}
+        lines.append(f"answer: %json {_quoted(schema)}")
         lines.append(f"start: answer | {_first(format)} calls")
     lines += _calls(use, format)
     return Grammar(GrammarKind.LARK, "\n".join(lines) + "\n")
@@ -86,7 +88,7 @@ def _arguments(tool: Tool) -> str:
     return _quoted(arguments_schema(tool) | {"x-guidance": options})
 
 
-def _answer_schema(answer: Grammar, format: ToolFormat) -> str:
+def _check_answer(answer: Grammar, format: ToolFormat) -> None:
     if answer.kind is not GrammarKind.JSON_SCHEMA:
         raise ToolError(
             "`tools` can be combined with a `response_format` of type json_object or json_schema "
@@ -98,7 +100,6 @@ def _answer_schema(answer: Grammar, format: ToolFormat) -> str:
             '`response_format`; leave one of the two out, or send `tool_choice` "required" or '
             '"none".'
         )
-    return answer.source
 
 
 def _terms(text: str, format: ToolFormat) -> str:

@@ -131,4 +131,3 @@ def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 def _joined(message: ChatMessage, parts: tuple[str | Picture, ...]) -> ChatMessage:
     return replace(message, parts=join_texts((*message.parts, *parts)))
-

@@ -5,7 +5,7 @@ string. Whatever it holds, nothing here fails; how it is split into pieces makes
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tessera.router.tool_formats import ToolFormat
@@ -32,21 +32,23 @@ Delta = str | CallStart | CallArguments
 """A piece of content, or of a call."""
 
 
+@dataclass(frozen=True, slots=True)
+class CallSyntax:
+    """What is known of calls before an answer begins."""
+
+    format: ToolFormat
+    names: tuple[str, ...]  # of the functions that may be called, at least one
+    required: bool  # the answer is calls and nothing else
+
+
 class ToolCallParser:
     """Reads one answer."""
 
-    def __init__(self, format: ToolFormat, names: Sequence[str], *, required: bool) -> None:
-        """Prepare to read.
-
-        Args:
-            format: how the model writes calls.
-            names: of the functions it may call.
-            required: whether it can do nothing but call; other text then is the rest of a call.
-        """
-        self._format = format
-        self._names = names
-        self._required = required
-        self._heads = {format.first_head(name): name for name in names}
+    def __init__(self, syntax: CallSyntax) -> None:
+        self._format = syntax.format
+        self._names = syntax.names
+        self._required = syntax.required
+        self._heads = {self._format.first_head(name): name for name in self._names}
         self._pattern = _either(self._heads)
         self._held = ""
         self._num_calls = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tessera.router import rules
 from tessera.router.chat_template import ChatTemplate
-from tessera.router.errors import ValidationError
+from tessera.router.errors import ToolError, ValidationError
 from tessera.router.generation import Generator, ServingLimits
 from tessera.router.grammar import Grammar
 from tessera.router.guidance import GuideCompiler
@@ -30,6 +30,9 @@ from tessera.router.schemas import ChatBody, CompletionBody
 from tessera.router.settings import RouterSettings
 from tessera.router.token_spans import TokenSpan
 from tessera.router.tokenizer import Tokenizer
+from tessera.router.tool_grammar import tool_grammar
+from tessera.router.tool_parser import CallSyntax
+from tessera.router.tools import read_tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Plan:
     prompt_logprobs: bool = False
     include_stop_text: bool
     grammar: Grammar | None = None  # what every answer must look like
+    calls: CallSyntax | None = None  # how the answers may call functions
 
     @property
     def count(self) -> int:
@@ -109,12 +113,17 @@ class Validator:
         rules.check_chat(body)
         rules.check(wishes, self._settings, top_p_may_be_one=True)
         continues = body.is_to_be_continued
-        prompt = ChatPrompt(body.messages, body.add_generation_prompt is not False, continues)
+        add_prompt = body.add_generation_prompt is not False
+        tools, grammar, calls = read_tools(body), openai_grammar(body), None
+        if tools is not None:
+            grammar = tool_grammar(tools, self._prompts.tool_format, grammar)
+            calls = CallSyntax(self._prompts.tool_format, tools.names, tools.required)
         return Plan(
-            prompts=[prompt],
+            prompts=[ChatPrompt(body.messages, add_prompt, continues, tools)],
             wishes=wishes,
             include_stop_text=False,
-            grammar=openai_grammar(body),
+            grammar=grammar,
+            calls=calls,
         )
 
     def plan_completion(self, body: CompletionBody) -> Plan:
@@ -145,7 +154,7 @@ class Validator:
             NotReadyError: the limits are not known yet.
         """
         limits = self._generator.limits
-        guide = await self._guide(plan.grammar)
+        guide = await self._guide(plan)
         requests: list[Request] = []
         allowance = PictureAllowance(self._settings)
         for source in plan.prompts:
@@ -201,12 +210,17 @@ class Validator:
         maximum = self._generator.limits.max_input_tokens
         return await self._prompts.tokenize(prompt, maximum, PictureAllowance(self._settings))
 
-    async def _guide(self, grammar: Grammar | None) -> Guide | None:
-        if grammar is None:
+    async def _guide(self, plan: Plan) -> Guide | None:
+        if plan.grammar is None:
             return None
         if self._settings.disable_grammar_support:
             raise ValidationError("grammar is not supported", "grammar")
-        return await self._guides.compile(grammar)
+        try:
+            return await self._guides.compile(plan.grammar)
+        except ValidationError as error:
+            if plan.calls is None:
+                raise
+            raise ToolError(error.detail, "tools") from None
 
     def _check_truncate(self, truncate: int | None) -> None:
         maximum = self._generator.limits.max_input_tokens

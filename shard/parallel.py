@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.shard.errors import GroupLost, PartFailed, is_out_of_memory
+from tessera.shard.shared_exchange import SharedExchange
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -37,11 +38,17 @@ class Group:
     """Ranks 0..world_size-1 of one model. A rank is a process with one device."""
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, device: torch.device | None = None
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        shared: SharedExchange | None = None,
     ) -> None:
+        """`shared`: what carries tensors between ranks on one host's processors, where it can."""
         self.rank = rank
         self.world_size = world_size
         self._device = device or torch.device("cpu")
+        self._shared = shared
         self._schedules: dict[str, list[Collective]] = {}  # of each kind of work that succeeded
         self._begun: list[tuple[str, torch.Size, torch.dtype]] = []  # by the work under way
 
@@ -63,7 +70,7 @@ class Group:
                 world_size=world_size,
                 timeout=COLLECTIVE_TIMEOUT,
             )
-        return cls(rank, world_size, device)
+        return cls(rank, world_size, device, _shared(rank, world_size, device))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, on every rank; in place where there is more than one."""
@@ -76,11 +83,9 @@ class Group:
         """The ranks' pieces side by side along the last dimension; None on ranks above 0."""
         if self.world_size == 1:
             return x_SV
-        pieces = None
-        if self.rank == 0:
-            pieces = [torch.empty_like(x_SV) for _ in range(self.world_size)]
+        x_SV = x_SV.contiguous()
         self._begin("gather_last_dim", x_SV)
-        self._exchange(lambda x: self._gather(x, pieces), x_SV.contiguous())
+        pieces = self._exchange(self._gather, x_SV)
         return torch.cat(pieces, dim=-1) if pieces is not None else None
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -114,7 +119,7 @@ class Group:
         else:
             self._go_through_the_rest(kind, num_items, failure)
         short = failure is not None and is_out_of_memory(failure)
-        counts = torch.tensor([failure is not None, short], dtype=torch.int32, device=self._device)
+        counts = torch.tensor([failure is not None, short], device=self._device).float()
         num_failed, num_short = self._exchange(self._all_reduce, counts).tolist()
         if num_failed:
             raise PartFailed(out_of_memory=num_failed == num_short) from failure
@@ -151,16 +156,35 @@ class Group:
             raise GroupLost(f"an exchange between ranks failed: {error}") from error
 
     def _all_reduce(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x)
+        if self._shared:
+            self._shared.sum(x)
+        else:
+            dist.all_reduce(x)
         return x
 
-    def _gather(self, x: Tensor, pieces: list[Tensor] | None) -> None:
-        """Fill `pieces`, which rank 0 alone has, with the ranks' tensors."""
+    def _gather(self, x: Tensor) -> list[Tensor] | None:
+        """Every rank's tensor, on rank 0."""
+        if self._shared:
+            gathered = self._shared.gather(x)
+            return None if gathered is None else list(gathered)
+        is_first = self.rank == 0
+        pieces = [torch.empty_like(x) for _ in range(self.world_size)] if is_first else None
         dist.gather(x, pieces, dst=0)
+        return pieces
 
     def _broadcast(self, x: Tensor) -> Tensor:
-        dist.broadcast(x, src=0)
+        if self._shared:
+            self._shared.broadcast(x)
+        else:
+            dist.broadcast(x, src=0)
         return x
+
+
+def _shared(rank: int, world_size: int, device: torch.device) -> SharedExchange | None:
+    """Shared memory for ranks on processors, if the kernels for it are built."""
+    if world_size == 1 or device.type != "cpu" or not SharedExchange.is_built():
+        return None
+    return SharedExchange.connect(rank, world_size, COLLECTIVE_TIMEOUT.total_seconds())
 
 
 def _attempt(work: Callable[[], T]) -> tuple[Exception | None, tuple[T] | None]:

@@ -3,7 +3,8 @@
 The random number of a token is a pure function of (seed, position, token id), so a seeded request
 gives the same text alone, in any batch, after a preemption and on any number of ranks.
 
-Letters: R rows, G guided rows, V vocabulary, B bytes of a mask. All arithmetic is float32 on the device of the logits.
+Letters: R rows, G guided rows, V vocabulary, B bytes of a mask. All arithmetic is float32 on the
+device of the logits.
 """
 
 from collections import Counter

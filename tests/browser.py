@@ -10,9 +10,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE_MS = 20_000  # the machine is shared
 REFUSAL = "Failed to load resource"  # Chromium says this of every reply that is no success
 
 
@@ -68,7 +69,7 @@ class Visit:
     def answer(self, number: int = 0) -> str:
         """The text of answer `number`, once it is complete."""
         turn = self.page.get_by_role("article", name="Answer").nth(number)
-        turn.get_by_role("list", name="Numbers of this answer").wait_for()
+        expect(turn.get_by_role("list", name="Numbers of this answer")).to_be_visible()
         return turn.locator(".text").inner_text()
 
     def number(self, name: str, answer: int = 0) -> float:
@@ -91,7 +92,8 @@ class Visit:
 def visiting(browser: Browser, address: str, **window: Any) -> Iterator[Visit]:
     """Open the playground at `address`; when the block ends nothing must have gone wrong."""
     context = browser.new_context(**window)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
     visit = Visit(context.new_page())
     visit.watch()
     try:

@@ -121,6 +121,7 @@ def _units() -> list[Unit]:
     drivers = [
         Unit(SOURCES / f"{name}.cpp", name, driver_flags) for name in ("ops", "attend", "variants")
     ]
+    drivers.append(Unit(SOURCES / "shared.cpp", "shared", (*driver_flags, "-O3")))  # it sums
     kernels = [
         Unit(
             SOURCES / "kernels.cpp",

@@ -12,6 +12,7 @@ from tests.router.http_fakes import wait_until
 
 DRIP_S = 0.05
 LONGEST_S = 20.0  # no answer takes longer, whatever a test forgets
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def reply(
@@ -37,6 +38,7 @@ class ImageServer:
     most_connections: int = 0
     port: int = 0
     tls: ssl.SSLContext | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)  # ends endless answers
 
     @property
     def host(self) -> str:
@@ -82,9 +84,8 @@ class ImageServer:
             head, piece, pause_s = self.endless[path]
             connection.sendall(head)
             end = time.monotonic() + LONGEST_S
-            while time.monotonic() < end:
+            while time.monotonic() < end and not self.stopped.wait(pause_s):
                 connection.sendall(piece)
-                time.sleep(pause_s)
 
 
 @contextlib.contextmanager
@@ -95,6 +96,7 @@ def image_server(tls: ssl.SSLContext | None = None) -> Iterator[ImageServer]:
         thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
         thread.start()
         yield server
+        server.stopped.set()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)
     wait_until(lambda: server.open_connections == 0)

@@ -17,11 +17,10 @@ from tessera.router.errors import ValidationError
 from tessera.router.image_fetch import ImageFetcher
 from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.settings import RouterSettings
-from tests.router.image_server import DRIP_S, ImageServer, image_server, redirect, reply
+from tests.router.image_server import DRIP_S, OK, ImageServer, image_server, redirect, reply
 from tests.router.test_pictures import png
 
 PICTURE = png()
-OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.fixture

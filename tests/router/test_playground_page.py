@@ -15,6 +15,8 @@ from tests.router.http_fakes import FakeGenerator, Script, served, wait_until
 App = Callable[..., Starlette]
 PICTURE = Path(__file__).parents[2] / "launcher" / "demo" / "picture.png"
 ATTACK = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+PASTE = """(box, clipboardData) =>
+  box.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }))"""
 TRANSFER = """(name) => {
   const bytes = Uint8Array.from(atob("%s"), (c) => c.charCodeAt(0));
   const transfer = new DataTransfer();
@@ -80,7 +82,7 @@ def test_pictures_are_chosen_pasted_dropped_and_taken_away(
         visit.attach(PICTURE)
         expect(attached).to_have_count(1)
         box = visit.page.get_by_role("textbox", name="Message")
-        box.dispatch_event("paste", {"clipboardData": transfer(visit, "pasted.png")})
+        box.evaluate(PASTE, transfer(visit, "pasted.png"))
         expect(attached).to_have_count(2)
         dropped = {"dataTransfer": transfer(visit, "dropped.png")}
         visit.page.locator("body").dispatch_event("dragenter", dropped)
@@ -100,7 +102,7 @@ def test_pictures_are_chosen_pasted_dropped_and_taken_away(
 
 def test_too_much_is_told_before_it_is_sent(browser: Browser, vision_app: App) -> None:
     generator = FakeGenerator()
-    app = vision_app(generator, payload_limit=5000)
+    app = vision_app(generator, payload_limit=3000)
     with served(app) as address, visiting(browser, f"{address}/ui") as visit:
         visit.attach(PICTURE)
         expect(visit.page.get_by_role("status")).to_contain_text("the server reads at most")
@@ -114,9 +116,10 @@ def test_too_much_is_told_before_it_is_sent(browser: Browser, vision_app: App) -
     assert len(generator.requests) == 1
 
 
-def test_settings_are_sent_and_the_history_with_them(browser: Browser, text_app: App) -> None:
+def test_settings_are_sent_and_the_history_with_them(browser: Browser, make_app: App) -> None:
     generator = FakeGenerator()
-    with served(text_app(generator)) as address, visiting(browser, f"{address}/ui") as visit:
+    app = make_app("next-yi", generator)  # its template knows system prompts
+    with served(app) as address, visiting(browser, f"{address}/ui") as visit:
         settings = {"System prompt": "Be brief.", "Temperature": "0.5", "Top p": "0.9"}
         for label, value in (settings | {"Max tokens": "7", "Seed": "42"}).items():
             visit.page.get_by_label(label).fill(value)
@@ -176,7 +179,10 @@ REPLY = 'data: {"choices":[{"delta":{"content":"Half"}}]}\n\n'
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ('data: {"choices":[],"warnings":["It was scaled."]}\n\ndata: [DONE]\n\n', "It was scaled."),
+        (
+            'data: {"choices":[],"warnings":["It was scaled."]}\n\ndata: [DONE]\n\n',
+            "It was scaled.",
+        ),
         ('data: {"error":{"message":"A shard died."}}\n\ndata: [DONE]\n\n', "A shard died."),
         ("", "The connection was lost before the answer was complete."),
     ],
@@ -208,9 +214,7 @@ def test_it_fits_a_phone_and_follows_the_colour_scheme(browser: Browser, text_ap
     phone = {"width": 360, "height": 640}
     with served(text_app()) as address:
         for scheme in ("light", "dark"):
-            with visiting(
-                browser, f"{address}/ui", viewport=phone, color_scheme=scheme
-            ) as visit:
+            with visiting(browser, f"{address}/ui", viewport=phone, color_scheme=scheme) as visit:
                 visit.send("w" * 300)
                 visit.answer()
                 page = visit.page

@@ -44,7 +44,7 @@ def details(reply: Any) -> Dict[str, Any]:
         "seed": found.seed,
         "tokens": [[token.text, token.logprob, token.special] for token in found.tokens],
         "prefill": [[token.text, token.logprob] for token in found.prefill],
-        "top_tokens": [[token.text for token in top] for top in found.top_tokens or []],
+        "top_tokens": [[token["text"] for token in top] for top in found.top_tokens or []],
         "best_of_sequences": [one.generated_text for one in found.best_of_sequences or []],
     }
 

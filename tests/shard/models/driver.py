@@ -203,10 +203,9 @@ class ThreadGroup(Group):
     def _all_reduce(self, x: Tensor) -> Tensor:
         return x.copy_(torch.stack(self._meet(x)).sum(0))
 
-    def _gather(self, x: Tensor, pieces: list[Tensor] | None) -> None:
+    def _gather(self, x: Tensor) -> list[Tensor] | None:
         tensors = self._meet(x)
-        if pieces is not None:
-            pieces[:] = tensors
+        return tensors if self.rank == 0 else None
 
     def _broadcast(self, x: Tensor) -> Tensor:
         return x.copy_(self._meet(x)[0])

@@ -1,0 +1,1 @@
+"""A chat with a running server in the terminal, pictures included: tessera-chat."""
