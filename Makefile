@@ -58,6 +58,21 @@ proto: typed  ## regenerate the stubs from proto/shard.proto
 test: setup  ## all tests that need no accelerator
 	$(BIN)/python -m pytest -q
 
+client-envs: setup  ## install the older clients the tests run into build/client-envs
+	@$(BIN)/python -m tests.clients.environments
+
+client-table: client-envs  ## write what the client tests see into README.md
+	-$(BIN)/python -m pytest -q tests/clients/test_compatibility.py
+	cp build/compatibility.json tests/clients/compatibility.json
+	@$(MAKE) --no-print-directory docs
+
+browser:  ## install the chromium that tests of the page at /ui drive (Debian, as root)
+	@command -v chromium >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
+screenshot: setup  ## draw the picture of the page at /ui anew
+	$(BIN)/python -m tests.end_to_end.screenshot
+
 check: setup typed  ## ruff, mypy --strict, import contracts, generated files current
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -67,7 +82,7 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 	  test "$$before" = "$$(cat $(GENERATED) | sha256sum)" \
 	  || { echo "generated files were not current; 'make proto docs' has written them"; exit 1; }
 
-docs:  ## write the settings table into README.md
+docs:  ## write the tables of settings and clients into README.md
 	@$(BIN)/python tests/contracts/readme.py
 
 format:  ## format and sort imports

@@ -132,6 +132,8 @@ def main(arguments: Sequence[str] | None = None, launcher: Sequence[str] = LAUNC
         if given.once:
             server.stop()
         else:
+            if settings.router.playground:
+                say(f"chat about pictures at {url}/ui")
             say(f"serving {url}; Ctrl-C stops it")
     return server.wait()  # when it failed, it has said why
 

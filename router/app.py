@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from tessera.router.admission import Admission
 from tessera.router.docs import docs_routes
@@ -24,7 +25,7 @@ from tessera.router.notices import HEADER as WARNINGS
 from tessera.router.openai_api import OpenAIApi
 from tessera.router.platform_api import PlatformApi
 from tessera.router.playground import playground_routes
-from tessera.router.replies import InternalError, error_reply
+from tessera.router.replies import InternalError, error_reply, is_openai_path
 from tessera.router.server_info import ServerInfo
 from tessera.router.settings import RouterSettings
 from tessera.router.ticket import Desk
@@ -57,9 +58,10 @@ def create_app(
     native = NativeApi(generator, validator, desk, metrics, info)
     openai = OpenAIApi(generator, validator, desk, info)
     platforms = PlatformApi(native, openai)
+    docs = docs_routes(info.version)
     page = playground_routes(settings.payload_limit) if settings.playground else []
     app = Starlette(
-        routes=[*native.routes(), *openai.routes(), *platforms.routes(), *docs_routes(), *page],
+        routes=[*native.routes(), *openai.routes(), *platforms.routes(), *docs, *page],
         exception_handlers={
             RouterError: _on_router_error,
             HTTPException: _on_http_exception,
@@ -109,7 +111,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # registered for nothing else
     ours: RouterError
     if error.status_code == 404:
-        ours = NotFound("There is nothing at this address.")
+        ours = NotFound(_what_exists(request))
     elif error.status_code == 405:
         ours = MethodNotAllowed("This address does not take that method.")
     else:
@@ -117,6 +119,20 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     reply = error_reply(ours, _path(request))
     reply.headers.update(error.headers or {})
     return reply
+
+
+def _what_exists(request: Request) -> str:
+    """What to say about an address that leads nowhere; OpenAI's API has many that are not here."""
+    sentence = "There is nothing at this address."
+    if not is_openai_path(_path(request)):
+        return sentence
+    ours = [r for r in request.app.routes if isinstance(r, Route) and is_openai_path(r.path)]
+    listed = ", ".join(f"{_method(route)} {route.path.replace(':path', '')}" for route in ours)
+    return f"{sentence} Of OpenAI's API, this server has {listed}."
+
+
+def _method(route: Route) -> str:
+    return "POST" if "POST" in (route.methods or ()) else "GET"
 
 
 def _path(request: Request) -> str:

@@ -70,7 +70,7 @@ class ChatMessage:
 def plain_messages(
     messages: Sequence[Message],
 ) -> tuple[list[dict[str, Any]], list[ImagePart]]:
-    """Messages of a request as templates know them, and the pictures they hold, taken out, in order.
+    """A request's messages as templates know them, and its pictures, taken out of them, in order.
 
     Raises:
         ValidationError: a message without content, or with a part that is neither text nor picture.

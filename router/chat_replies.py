@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.router.event_stream import to_json
+from tessera.router.event_stream import number_to_json, to_json
 from tessera.router.openai_answers import (
     answer_tokens,
     finish_reason,
@@ -79,7 +79,9 @@ class ChatWriter:
     def _logprobs(self, step: TokenEvent) -> str:
         if not self._wants_logprobs or is_end_token(step.token, step.completion):
             return "null"
-        return to_json({"content": [_logprob(step.token, step.top_tokens)], "refusal": None})
+        top = ",".join([f"{_entry_json(info)}}}" for info in step.top_tokens])
+        content = f'{_entry_json(step.token)},"top_logprobs":[{top}]}}'
+        return f'{{"content":[{content}],"refusal":null}}'
 
 
 def _delta(index: int, delta: str, logprobs: str = "null", reason: str = "null") -> str:
@@ -97,3 +99,10 @@ def _entry(info: TokenInfo) -> dict[str, Any]:
         "logprob": json_logprob(info.logprob),
         "bytes": list(info.text.encode() if info.utf8 is None else info.utf8),
     }
+
+
+def _entry_json(info: TokenInfo) -> str:
+    """`_entry` as text, without its last brace."""
+    logprob = number_to_json(json_logprob(info.logprob))
+    utf8 = ",".join(map(str, info.text.encode() if info.utf8 is None else info.utf8))
+    return f'{{"token":{to_json(info.text)},"logprob":{logprob},"bytes":[{utf8}]'

@@ -1,7 +1,9 @@
 """From a conversation to the prompt a model was trained on, through the model's own template."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tessera.router.template_sandbox import Template
 from tessera.router.tool_messages import ToolConversation
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_KNOWS_DEVELOPER = re.compile("""["']developer["']""")
 _PROBE = "d41f0c7e"  # a text no template prints by itself
 
 
@@ -56,6 +59,10 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._image_token = image_token
         self._takes_pictures = takes_pictures
+        # Newer names of roles, for templates that only know the older ones, and the reverse.
+        self._roles = {"function": "tool"}
+        if not _KNOWS_DEVELOPER.search(source):
+            self._roles["developer"] = "system"
         self.wants_lists = self._prefers_lists()
 
     @classmethod
@@ -67,7 +74,8 @@ class ChatTemplate:
     ) -> "ChatTemplate | None":
         """The chat template of a model, or None if it has none.
 
-        The first of: `override`; the file at `tokenizer_config_path`; the folder's
+        The first of: `override`, a template or the path of a file with one, as plain Jinja or under
+        the key `chat_template` of a .json; the file at `tokenizer_config_path`; the folder's
         chat_template.jinja, chat_template.json, tokenizer_config.json, processor_config.json.
 
         Raises:
@@ -77,7 +85,8 @@ class ChatTemplate:
         config_path = tokenizer_config_path or folder / "tokenizer_config.json"
         config = read_json(config_path, None if tokenizer_config_path else {})
         explicit = _named_template(config, config_path) if tokenizer_config_path else None
-        source = override or explicit or _find(folder, config)
+        given = _given_template(override) if override else None
+        source = given or explicit or _find(folder, config)
         if source is None:
             return None
         tokens = read_json(folder / "special_tokens_map.json", {}) | config
@@ -114,7 +123,10 @@ class ChatTemplate:
         Raises:
             TemplateError: messages the template refuses, or a picture it does not place.
         """
-        conversation = read_messages(messages)
+        conversation = [
+            replace(message, role=self._roles.get(message.role, message.role))
+            for message in read_messages(messages)
+        ]
         num_pictures = sum(message.num_pictures for message in conversation)
         conversation = place_pictures(conversation, self._placeholder)
         if tools is not None:
@@ -211,13 +223,30 @@ def _up_to(text: str, tag: str) -> str:
     return text[:place].rstrip() if is_trimmed else text[:place]
 
 
+def _given_template(given: str) -> str:
+    """The template an operator gave, literally or as a file."""
+    if "{{" in given or "{%" in given:
+        return given
+    path = Path(given)
+    if path.suffix != ".json":
+        return _read_text(path)
+    source = _named_template(read_json(path), path)
+    if source is None:
+        raise ModelFilesError(f"{path} has no chat_template.")
+    return source
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise ModelFilesError(f"{path} cannot be read as UTF-8 text.") from None
+
+
 def _find(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            raise ModelFilesError(f"{jinja} cannot be read as UTF-8 text.") from None
+        return _read_text(jinja)
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         path = folder / name
         config = tokenizer_config if name == "tokenizer_config.json" else read_json(path, {})

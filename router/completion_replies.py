@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.router.event_stream import to_json
+from tessera.router.event_stream import finite, to_json
 from tessera.router.openai_answers import (
     answer_tokens,
     finish_reason,
@@ -18,56 +18,94 @@ from tessera.router.token_streams import Collected
 
 def completion_choice(index: int, one: Collected, body: CompletionBody) -> dict[str, Any]:
     """One entry of `choices` of a whole reply."""
+    echo = _Echo(one.generation, body)
+    pairs, text, reason = answer_tokens(one), one.completion.text, finish_reason(one.completion)
+    if body.wants_no_answer:
+        pairs, text, reason = [], "", "length"
     logprobs = None
     if body.logprobs is not None:
-        pairs = answer_tokens(one)
-        logprobs = _logprobs([t for t, _ in pairs], [top for _, top in pairs], 0)
-    return {
-        "index": index,
-        "text": _echo(one.generation, body) + one.completion.text,
-        "logprobs": logprobs,
-        "finish_reason": finish_reason(one.completion),
-    }
+        logprobs = echo.logprobs()
+        _extend(logprobs, pairs, len(echo.text))
+    return {"index": index, "text": echo.text + text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class CompletionWriter:
     """Choices of a stream: pieces of text, the last with the reason for the end."""
 
     def __init__(self, body: CompletionBody, generations: Sequence[Generation]) -> None:
-        self._wants_logprobs = body.logprobs is not None
-        self._offsets = [0] * len(generations)
-        self._prefixes = [_echo(generation, body) for generation in generations]
+        self._body = body
+        self._echoes: list[_Echo | None] = [_Echo(one, body) for one in generations]
+        self._offsets = [len(echo.text) for echo in self._echoes if echo]
 
     def choices(self, index: int, step: TokenEvent) -> list[str]:
         """See `openai_stream.ChoiceWriter`."""
-        text = self._prefixes[index] + step.text
-        self._prefixes[index] = ""
+        echo, self._echoes[index] = self._echoes[index], None
         logprobs = None
-        if self._wants_logprobs and not is_end_token(step.token, step.completion):
-            logprobs = _logprobs([step.token], [step.top_tokens], self._offsets[index])
-            self._offsets[index] += len(step.token.text)
+        is_answer = not self._body.wants_no_answer
+        if self._body.logprobs is not None:
+            logprobs = echo.logprobs() if echo else _no_logprobs()
+            if is_answer and not is_end_token(step.token, step.completion):
+                _extend(logprobs, [(step.token, step.top_tokens)], self._offsets[index])
+                self._offsets[index] += len(step.token.text)
+            if not logprobs["tokens"]:
+                logprobs = None
+        text = (echo.text if echo else "") + (step.text if is_answer else "")
         if not text and not logprobs and step.completion is None:
             return []
-        reason = step.completion and finish_reason(step.completion)
+        reason = step.completion and (finish_reason(step.completion) if is_answer else "length")
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return [to_json(choice)]
 
 
-def _echo(generation: Generation, body: CompletionBody) -> str:
-    return generation.request.prompt_text if body.echo else ""
+class _Echo:
+    """The prompt before its answer, where the client wants it; else nothing."""
+
+    def __init__(self, generation: Generation, body: CompletionBody) -> None:
+        self._stream = generation.stream
+        self._wanted = bool(body.echo)
+        self.text = generation.request.prompt_text if self._wanted else ""
+
+    def logprobs(self) -> dict[str, Any]:
+        """Of the prompt's tokens, once the first event is out; the first follows nothing.
+
+        Which other tokens would have been likely is known for answers only, so there it is null.
+        """
+        logprobs = _no_logprobs()
+        offset = 0
+        for token in self._stream.prompt_logprobs if self._wanted else ():
+            logprobs["tokens"].append(token.text)
+            logprobs["token_logprobs"].append(finite(token.logprob))
+            logprobs["top_logprobs"].append(None)
+            logprobs["text_offset"].append(min(offset, len(self.text)))
+            offset += self._length(token, offset)
+        return logprobs
+
+    def _length(self, token: TokenInfo, offset: int) -> int:
+        """Characters of the prompt that a token stands for; none for begin-of-sequence."""
+        if token.special:
+            return 0
+        if token.utf8 is None:
+            return len(token.text)
+        # A character counts with its first byte; sentencepiece puts a space before the first word.
+        length = sum(byte & 0xC0 != 0x80 for byte in token.utf8)
+        is_added = offset == 0 and token.utf8[:1] == b" " and self.text[:1] != " "
+        return length - is_added
 
 
-def _logprobs(
-    tokens: Sequence[TokenInfo], tops: Sequence[Sequence[TokenInfo]], offset: int
-) -> dict[str, Any]:
-    """Four parallel lists; `offset` is where the first token begins, characters."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
+def _no_logprobs() -> dict[str, Any]:
+    """Four parallel lists, one entry per token."""
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _extend(
+    logprobs: dict[str, Any],
+    pairs: Sequence[tuple[TokenInfo, Sequence[TokenInfo]]],
+    offset: int,
+) -> None:
+    """Add tokens of an answer, the first of which begins at character `offset` of the text."""
+    for token, top in pairs:
+        logprobs["tokens"].append(token.text)
+        logprobs["token_logprobs"].append(json_logprob(token.logprob))
+        logprobs["top_logprobs"].append({info.text: json_logprob(info.logprob) for info in top})
+        logprobs["text_offset"].append(offset)
         offset += len(token.text)
-    return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [json_logprob(token.logprob) for token in tokens],
-        "top_logprobs": [{info.text: json_logprob(info.logprob) for info in top} for top in tops],
-        "text_offset": offsets,
-    }

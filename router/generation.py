@@ -31,6 +31,11 @@ class TokenStream(Protocol):
     """One entry per prompt token, filled when the first event is out and
     `sampling.prompt_logprobs` was set; the first logprob is nan."""
 
+    @property
+    def num_ready(self) -> int:
+        """Events and errors that can be read without waiting."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """The events in order; the one with `completion` is the last. Raises `RouterError`s."""
         ...

@@ -29,10 +29,13 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
 }
 
-_ONE_OF = (
-    "`oneOf` needs alternatives of which only one can match, such as different types or a property "
-    "with different constants; use `anyOf`"
-)
+_SENTENCES = {  # by part of the library's own message, which speaks of what clients cannot change
+    "coerce_one_of": "`oneOf` needs alternatives of which only one can match, such as different "
+    "types or a property with different constants; use `anyOf`",
+    "not present in a registry": "`$ref` can only point into the schema itself",
+    "NoExtension": "it allows no answer",
+    "panic: ": "it is too large or too complex",
+}
 
 
 class GrammarError(Exception):
@@ -123,10 +126,9 @@ def _alternatives(source: str) -> str:
 def _described(message: str) -> str:
     """What went wrong, without the grammar itself, which the library likes to quote."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if message.startswith(("NoExtension", "panic")):
-        return _of_state(message)
-    if "coerce_one_of" in message:
-        return _ONE_OF
+    for part, sentence in _SENTENCES.items():
+        if part in message:
+            return sentence
     reasons = [line for line in lines if line.startswith("error: ")]
     text = reasons[-1].removeprefix("error: ") if reasons else (lines or ["it cannot be read"])[0]
     text = text.split("; following special tokens")[0]
@@ -134,12 +136,6 @@ def _described(message: str) -> str:
     text = re.sub(rf'"[^"]{{{MAX_QUOTED},}}"?', '"..."', text)
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
-
-
-def _of_state(message: str) -> str:
-    if message.startswith("NoExtension"):
-        return "it allows no answer"
-    return "it is too large or too complex"
 
 
 def eos_of(eos_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn parses it, with limits on what a client may send outside of bodies."""
+"""HTTP/1.1 as uvicorn parses it, with limits on heads, on silence and on what waits to be read."""
 
 import asyncio
 
@@ -14,29 +14,50 @@ MAX_HEAD_BYTES = 65_536
 READ_TIMEOUT_S = 60.0
 """Until a head must be complete, and between two pieces of a body."""
 
+WRITE_TIMEOUT_S = 60.0
+"""For a client to read `MIN_READ_BYTES` of what waits for it, or all of it if that is less."""
+
+MIN_READ_BYTES = 65_536
+
 _REFUSAL_HEAD = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
 
 
 class GuardedHttp(HttpToolsProtocol):
-    """Closes connections whose head does not end and those that stop in the middle of a request.
+    """Closes connections whose head does not end, that stop in a request, or that do not read.
 
-    The parser alone would collect an endless head in memory and keep a silent connection for ever.
+    The parser alone would collect an endless head in memory and keep a silent connection for ever;
+    a client that does not read its answer would keep its place in the server as long as it likes.
     `middleware.BodyLimit` bounds the bodies.
     """
 
     read_timeout_s = READ_TIMEOUT_S
+    write_timeout_s = WRITE_TIMEOUT_S
     _num_unread = 0  # bytes since the parser last made something of them
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected; its first head is awaited."""
         super().connection_made(transport)
+        # Nothing may wait unnoticed: writing counts as paused as soon as the system takes no more.
+        transport.set_write_buffer_limits(0)
         self._restart_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is answered."""
+        super().pause_writing()
+        self._restart_write_timer()
+
+    def resume_writing(self) -> None:
+        """The client has read all there was."""
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, then look at how much of it led to nothing."""
@@ -93,3 +114,22 @@ class GuardedHttp(HttpToolsProtocol):
             self._restart_timer()
         else:
             self.transport.close()
+
+    def _restart_write_timer(self) -> None:
+        self._stop_write_timer()
+        waiting = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(
+            self.write_timeout_s, self._on_write_timeout, waiting
+        )
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _on_write_timeout(self, waited: int) -> None:
+        """Go on waiting for a client that reads; the handlers of others see it disconnect."""
+        if waited - self.transport.get_write_buffer_size() >= MIN_READ_BYTES:
+            self._restart_write_timer()
+        else:
+            self.transport.abort()

@@ -1,6 +1,7 @@
 """A request under way: what its client has been told, and what it is told next."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 
@@ -23,16 +24,27 @@ class RequestStream:
         self.prompt_logprobs: list[TokenInfo] = []
         self._cancel = cancel
         # Bounded by the request's own max_new_tokens.
-        self._events: asyncio.Queue[TokenEvent | RouterError] = asyncio.Queue()
+        self._events: deque[TokenEvent | RouterError] = deque()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+
+    @property
+    def num_ready(self) -> int:
+        """Events and errors that can be read without waiting."""
+        return len(self._events)
 
     def push(self, event: TokenEvent | RouterError) -> None:
         """Hand the client its next event or its error."""
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """The events in order; the one with `completion` is the last."""
         while True:
-            event = await self._events.get()
+            while not self._events:
+                self._arrival = asyncio.get_running_loop().create_future()
+                await self._arrival
+            event = self._events.popleft()
             if isinstance(event, RouterError):
                 raise event
             yield event

@@ -13,6 +13,11 @@ from tessera.router.schemas import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 
+LARGE_BODY = 256 * 1024  # bytes; below, counting is not worth it
+MAX_VALUES = 2**18
+"""Commas and opening brackets of a large body. Parsing holds the interpreter, so a thread would not
+let other requests go on meanwhile; 20 MB of tiny values would take two seconds, these 0.1."""
+
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
 # Names of types that pydantic puts into the location of a union's member; no field is called so.
 _UNION_MEMBER = re.compile(r"(str|int|float|bool)\Z|list\[|[A-Z]")
@@ -54,6 +59,10 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 
 def _parse_object(content: bytes) -> dict[str, Any]:
+    if len(content) > LARGE_BODY and sum(map(content.count, b",[{")) > MAX_VALUES:
+        raise ValidationError(
+            f"the body holds more than {MAX_VALUES} values; send fewer or shorter prompts."
+        )
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:  # says what and at which line and column, never quotes the body

@@ -60,7 +60,9 @@ async def _serve(settings: RouterSettings) -> int:
     files = ModelFiles.read(Path(settings.model_id))
     config_path = _optional_path(settings.tokenizer_config_path)
     tokenizer = Tokenizer.from_folder(files.folder, config_path)
-    template = ChatTemplate.from_folder(files.folder, config_path)
+    template = ChatTemplate.from_folder(
+        files.folder, config_path, override=settings.chat_template or None
+    )
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
     core = Core(

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tessera.router.docs import PATHS as DOCS_PATHS
 from tessera.router.errors import PayloadTooLarge, Unauthorized, UnsupportedBody
 from tessera.router.playground import PATHS as PLAYGROUND_PATHS
 from tessera.router.replies import InternalError, error_reply
@@ -16,7 +17,7 @@ from tessera.router.replies import InternalError, error_reply
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
-OPEN_PATHS = frozenset({"/", "/health", "/ping"}) | PLAYGROUND_PATHS
+OPEN_PATHS = frozenset({"/", "/health", "/ping"}) | PLAYGROUND_PATHS | DOCS_PATHS
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
@@ -97,7 +98,7 @@ class ApiKey:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Probes need no key, nor does the page that asks for it."""
+    """Probes need no key, nor do the page that asks for it and the API's description."""
     return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
 
 

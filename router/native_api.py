@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tessera.router.errors import NotReadyError, RouterError
-from tessera.router.event_stream import EventStream, event, unless_client_leaves
+from tessera.router.event_stream import EventStream, event, json_event, unless_client_leaves
 from tessera.router.fairness import fairness_key
 from tessera.router.generation import Generator
 from tessera.router.json_body import read_body
@@ -20,6 +21,7 @@ from tessera.router.native_replies import (
     ChatTokenizeReply,
     GenerateReply,
     generate_reply,
+    plain_event,
     span_replies,
     stream_event,
 )
@@ -30,7 +32,7 @@ from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import collect_all, merge, started
+from tessera.router.token_streams import collect_all, merge, more_ready, started
 from tessera.router.validation import Plan, Validator
 
 logger = logging.getLogger(__name__)
@@ -172,6 +174,7 @@ class NativeApi:
             _stream_events(events, generations[0], body.options, full_text, ticket),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
+            more_ready=partial(more_ready, generations),
         )
 
 
@@ -188,11 +191,15 @@ async def _stream_events(
 ) -> AsyncGenerator[str, None]:
     """The text of the events; a failure is told as the last one."""
     wants_full = _wants_full_text(options, full_text)
+    wants_top = bool(options.top_n_tokens)
     index = 0
     try:
         async for _, step in events:
             index += 1
-            yield event(stream_event(index, step, generation, options, wants_full))
+            if step.completion is None:
+                yield json_event(plain_event(index, step, wants_top=wants_top))
+            else:
+                yield event(stream_event(index, step, generation, options, wants_full))
     except RouterError as error:
         ticket.failed(error)
         yield event(native_error(error))

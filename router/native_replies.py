@@ -8,7 +8,7 @@ from typing import NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from tessera.router.event_stream import finite
+from tessera.router.event_stream import finite, number_to_json, to_json
 from tessera.router.native_bodies import GenerateParameters
 from tessera.router.notices import warnings_of
 from tessera.router.request import Completion, TokenEvent, TokenInfo
@@ -151,6 +151,18 @@ def stream_event(
     return payload
 
 
+def plain_event(index: int, step: TokenEvent, *, wants_top: bool) -> str:
+    """What `stream_event` is as JSON for every event but the last.
+
+    Written as text because a stream has one for every token.
+    """
+    top = ""
+    if wants_top:
+        top = f',"top_tokens":[{",".join(map(_token_json, step.top_tokens))}]'
+    token = _token_json(step.token)
+    return f'{{"index":{index},"token":{token},"generated_text":null,"details":null{top}}}'
+
+
 def span_replies(spans: Sequence[TokenSpan]) -> list[SpanReply]:
     """Tokens with their places."""
     return [
@@ -197,6 +209,13 @@ def _token(info: TokenInfo) -> Token:
         "logprob": finite(info.logprob),
         "special": info.special,
     }
+
+
+def _token_json(info: TokenInfo) -> str:
+    """`_token` as text."""
+    special = "true" if info.special else "false"
+    text, logprob = to_json(info.text), number_to_json(info.logprob)
+    return f'{{"id":{info.id},"text":{text},"logprob":{logprob},"special":{special}}}'
 
 
 def _text(completion: Completion, generation: Generation, wants_full: bool) -> str:

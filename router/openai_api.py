@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -25,7 +26,7 @@ from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, collect_all, merge, started
+from tessera.router.token_streams import Collected, collect_all, merge, more_ready, started
 from tessera.router.validation import Plan, Validator
 
 
@@ -63,7 +64,7 @@ class OpenAIApi:
                 chat_choice(index, one, body, plan.calls) for index, one in enumerate(collected)
             ]
             envelope = self._envelope("chatcmpl", "chat.completion")
-            return self._reply(envelope, choices, collected, body.copies, began)
+            return self._reply(envelope, choices, collected, body, began)
 
     async def completions(self, request: HttpRequest) -> Response:
         """POST /v1/completions."""
@@ -78,7 +79,7 @@ class OpenAIApi:
                 return await self._stream(request, ticket, generations, writer, envelope, body)
             collected = await unless_client_leaves(request, collect_all(generations))
             choices = [completion_choice(index, one, body) for index, one in enumerate(collected)]
-            return self._reply(envelope, choices, collected, body.copies, began)
+            return self._reply(envelope, choices, collected, body, began)
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models: the one model."""
@@ -121,11 +122,11 @@ class OpenAIApi:
         envelope: dict[str, Any],
         choices: list[dict[str, Any]],
         collected: Sequence[Collected],
-        copies: int,
+        body: OpenAIBody,
         began: float,
     ) -> Response:
         generations = [one.generation for one in collected]
-        counts = usage(generations, [one.completion for one in collected], copies)
+        counts = usage(generations, [one.completion for one in collected], body)
         reply = envelope | {"choices": choices, "usage": counts} | warnings_field(generations)
         headers = compute_headers(self.info, self.generator, generations)
         return Json(reply, headers=headers | timing_headers(collected, time.perf_counter() - began))
@@ -146,4 +147,5 @@ class OpenAIApi:
             chunk_events(events, generations, ticket, writer, chunks, body),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
+            more_ready=partial(more_ready, generations),
         )

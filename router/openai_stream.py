@@ -72,7 +72,7 @@ async def chunk_events(
                 warnings = warnings_field(generations)
                 yield "".join(map(chunks.one, choices)) + chunks.one(last, warnings)
         if body.wants_usage_chunk:
-            counts = usage(generations, completions, body.copies)
+            counts = usage(generations, completions, body)
             yield chunks.usage(counts, warnings_field(generations))
     except RouterError as error:
         ticket.failed(error)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tessera.router.request import Completion
+from tessera.router.schemas import OpenAIBody
 from tessera.router.ticket import Generation
 
 
 def usage(
-    generations: Sequence[Generation], completions: Sequence[Completion], copies: int
+    generations: Sequence[Generation], completions: Sequence[Completion], body: OpenAIBody
 ) -> dict[str, Any]:
     """What a request used.
 
@@ -18,13 +19,15 @@ def usage(
     is part of `total_time_sec` only. The names of times and rates are mistral.rs's.
 
     Args:
-        generations: of all prompts, `copies` of each.
+        generations: of all prompts, for each as many as answers were asked for.
         completions: how they ended, in any order.
-        copies: answers to each prompt.
+        body: the request.
     """
-    streams = [generation.stream for generation in generations[::copies]]
+    streams = [generation.stream for generation in generations[:: body.copies]]
     prompt_tokens = sum(stream.prompt_tokens for stream in streams)
     generated = sum(completion.generated_tokens for completion in completions)
+    if body.wants_no_answer:
+        generated = 0
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,

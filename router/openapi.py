@@ -60,7 +60,7 @@ class Operation:
     tag: str = "native"
     body: Any = None  # type of what is read
     examples: dict[str, Any] = field(default_factory=dict)  # bodies by name; each is answered
-    replies: dict[str, Any] = field(default_factory=dict)  # by media type; None: no content
+    replies: dict[str, Any] = field(default_factory=dict)  # by media type; empty: no content
     failures: Sequence[int] = ()
     timed: bool = False  # whether the `x-` headers about time and tokens are sent
     parameters: Sequence[dict[str, Any]] = ()
@@ -279,17 +279,17 @@ _ABOUT = (
 
 def openapi_document(version: str) -> dict[str, Any]:
     """The whole description of this version of the server."""
-    types = {}
+    types: dict[str, TypeAdapter[Any]] = {}
     for operation in OPERATIONS:
         for shape in (operation.body, operation.error, *operation.replies.values()):
             if shape is not None:
-                types[str(shape)] = TypeAdapter(shape)
+                types.setdefault(str(shape), TypeAdapter(shape))
     schemas, shared = TypeAdapter.json_schemas(
         [(name, "validation", adapter) for name, adapter in types.items()], ref_template=SCHEMAS
     )
+    schema_of = {name: schema for (name, _), schema in schemas.items()}
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        schema_of = {name: schema for (name, _), schema in schemas.items()}
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, schema_of)
     return {
         "openapi": "3.1.0",
@@ -348,9 +348,23 @@ def _success(operation: Operation, schema_of: dict[str, Any]) -> dict[str, Any]:
     }
     if operation.replies:
         reply["content"] = {
-            media: {"schema": schema_of[str(shape)]} for media, shape in operation.replies.items()
+            media: {
+                "schema": _content(
+                    media, schema_of[str(shape)], ends_with_done=operation.tag != "native"
+                )
+            }
+            for media, shape in operation.replies.items()
         }
     return reply
+
+
+def _content(media: str, payload: Any, *, ends_with_done: bool) -> Any:
+    """`payload`, or for streams one event around it: an object of the event's fields."""
+    if media != EVENTS:
+        return payload
+    coded = {"type": "string", "contentMediaType": JSON, "contentSchema": payload}
+    data = {"anyOf": [{"const": "[DONE]"}, coded]} if ends_with_done else coded
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _headers(names: Sequence[str]) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class OpenAIBody(Body):
         return 1 if self.n is None else self.n
 
     @property
+    def wants_no_answer(self) -> bool:
+        """Whether it asks for the prompt alone."""
+        return False
+
+    @property
     def wants_usage_chunk(self) -> bool:
         """Whether a stream ends with one more chunk that holds the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)

@@ -139,6 +139,11 @@ class RouterSettings:
         5.0, "seconds of computation that compiling one grammar may take", number(0.001)
     )
     tokenizer_config_path: str = setting("", "file that replaces the model's tokenizer_config.json")
+    chat_template: str = setting(
+        "",
+        "chat template instead of the model's: its text, or a file, .jinja or .json with the key "
+        "`chat_template`",
+    )
     api_key: str = setting(
         "",
         "bearer token that requests must carry; empty: none",

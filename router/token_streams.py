@@ -73,6 +73,11 @@ async def merge(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, T
             task.add_done_callback(_forget)
 
 
+def more_ready(generations: Sequence[Generation]) -> bool:
+    """Whether there is another event or error to read without waiting."""
+    return any(generation.stream.num_ready for generation in generations)
+
+
 def _forget(task: "asyncio.Future[TokenEvent]") -> None:
     """Take note of how a task ended, which asyncio would otherwise complain about."""
     if not task.cancelled():

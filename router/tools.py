@@ -122,4 +122,5 @@ _PLAIN_KEYS = frozenset(
 
 def tools_json(tools: Sequence[Tool]) -> str:
     """Descriptions of tools for a prompt, one a line."""
-    return "\n".join(json.dumps(tool.as_openai(), ensure_ascii=False) for tool in tools)
+    functions = (tool.as_openai()["function"] for tool in tools)
+    return "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)

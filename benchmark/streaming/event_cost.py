@@ -2,13 +2,11 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from benchmark.streaming.prepared import prepared_events
 from tessera.router.chat_replies import ChatWriter
-from tessera.router.event_stream import event
-from tessera.router.native_bodies import GenerateParameters
-from tessera.router.native_replies import stream_event
+from tessera.router.event_stream import json_event
+from tessera.router.native_replies import plain_event
 from tessera.router.openai_stream import Chunks
 from tessera.router.request import TokenEvent
 from tessera.router.schemas import ChatBody
@@ -38,9 +36,7 @@ def event_costs_us() -> dict[str, float]:
 
 
 def _native(top_n: int) -> Write:
-    options = GenerateParameters(top_n_tokens=top_n or None)
-    generation: Any = None  # read for the last event only
-    return lambda n, step: event(stream_event(n, step, generation, options, False))
+    return lambda n, step: json_event(plain_event(n, step, wants_top=top_n > 0))
 
 
 def _chat(logprobs: bool) -> Write:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletionChunk
@@ -56,7 +57,15 @@ class Server:
     """A server and how to talk to it."""
 
     def __init__(self, url: str, key: str) -> None:
-        """`url` may end with /v1 or not; `key` is empty where the server needs none."""
+        """`url` may end with /v1 or not; `key` is empty where the server needs none.
+
+        Raises:
+            ChatError: the address or the key can be none.
+        """
+        if not _is_address(url):
+            raise ChatError(f"{url} is no address; write it like http://localhost:3000.")
+        if not key.isascii():
+            raise ChatError("the API key holds characters that no key can have.")
         self._url = url.rstrip("/").removesuffix("/v1")
         self._client = openai.OpenAI(
             base_url=f"{self._url}/v1",
@@ -68,8 +77,11 @@ class Server:
     def model_name(self) -> str:
         """What the server calls its model. Raises ChatError, also when there is no server."""
         with self._explained():
-            models = self._client.models.list().data
-        return models[0].id if models else "default"
+            models = self._client.get("/models", cast_to=object)
+        match models:
+            case {"data": [{"id": str(name)}, *_]}:
+                return name
+        raise ChatError(f"what answers at {self._url} is no server of this kind.")
 
     def ask(self, model: str, messages: Sequence[Message], sampling: Mapping[str, Any]) -> Answer:
         """Nothing is sent before the answer is iterated over."""
@@ -78,11 +90,12 @@ class Server:
     def _chunks(
         self, model: str, messages: Sequence[Message], sampling: Mapping[str, Any]
     ) -> Iterator[ChatCompletionChunk]:
+        told: Any = messages  # plain dicts; the client has a type for every role
         with (
             self._explained(),
             self._client.chat.completions.create(
                 model=model,
-                messages=messages,  # type: ignore[arg-type]
+                messages=told,
                 stream=True,
                 stream_options={"include_usage": True},
                 **sampling,
@@ -102,6 +115,14 @@ class Server:
             raise ChatError(_message(error)) from None
         except (UnicodeError, ValueError):
             raise ChatError(f"{self._url} gave an answer that cannot be read.") from None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _message(error: openai.APIError) -> str:

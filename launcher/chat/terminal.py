@@ -16,8 +16,8 @@ from tessera.launcher.terminal_picture import half_blocks
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 40, 16
 LEAST_FOR_RATE = 10  # tokens; fewer often come in one piece, which tells nothing
-_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
-_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None}
+_KEPT = (ord("\n"), ord("\t"))
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code not in _KEPT}
 
 
 def harmless(text: str) -> str:

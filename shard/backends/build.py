@@ -35,7 +35,7 @@ AVX512_FLAGS = (
 X86_VARIANTS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512_FLAGS,
-    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme import README, with_settings_table
+from readme import README, with_client_table, with_settings_table
 
 ROOT = README.parent
 TEXT = README.read_text()
@@ -19,8 +19,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_settings_table_is_current() -> None:
-    assert with_settings_table(TEXT) == TEXT, "run `make docs`"
+def test_tables_are_current() -> None:
+    assert with_client_table(with_settings_table(TEXT)) == TEXT, "run `make docs`"
 
 
 def test_make_targets_it_names_exist() -> None:

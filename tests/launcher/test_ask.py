@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_it_serves_on_until_ctrl_c(launch: Launch) -> None:
     launched = launch("--question", "Why?", program=STUB_ASK, MODEL_ID="")
     launched.await_log("Ctrl-C stops it")
     assert "question: Why?" in launched.log
+    assert re.search(r"^chat about pictures at http://\S+/ui$", launched.log, re.MULTILINE)
     launched.process.send_signal(signal.SIGINT)
     assert launched.await_end() == 0
     launched.assert_nothing_left(launched.pids)

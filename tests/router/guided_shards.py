@@ -99,9 +99,8 @@ class GuidedShards:
             await asyncio.sleep(0)
         sampled = {row.sequence.sequence_id for row in rows if row.is_sampled and row.is_guided}
         async with self._changed:
-            await asyncio.wait_for(
-                self._changed.wait_for(lambda: self._masks[step_id].keys() >= sampled), SOON_S
-            )
+            async with asyncio.timeout(SOON_S):
+                await self._changed.wait_for(lambda: self._masks[step_id].keys() >= sampled)
             masks = self._masks.pop(step_id)
         assert masks.keys() == sampled
         reply = shard_pb2.StepReply(step_id=step_id)

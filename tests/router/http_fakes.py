@@ -60,6 +60,7 @@ class FakeStream:
         self.cached_tokens = 3
         self.prompt_logprobs: list[TokenInfo] = []
         self.num_closed = 0
+        self.num_ready = 0
         self._script = script
         self._copy = copy
 

@@ -258,10 +258,10 @@ def test_malformed_messages_are_refused(messages: list[Any]) -> None:
 def test_tool_calls_reach_the_template() -> None:
     source = (
         "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}{{ tools | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "ü"}}]}
-    assert shown(source, user("a"), call, tools=[{"x": 1}]) == 'a{"name": "ü"}[{"x": 1}]'
+    assert shown(source, user("a"), call) == 'a{"name": "ü"}'
 
 
 # --- against transformers ------------------------------------------------------------------------
@@ -420,7 +420,36 @@ def test_sources_in_order(tmp_path: Path) -> None:
     assert printed(folder, other) == "jinja"
     extend(other, chat_template="other {{ bos_token }}")
     assert printed(folder, other) == "other <b>"
-    assert printed(folder, other, override="mine") == "mine"
+    assert printed(folder, other, override="mine {{ bos_token }}") == "mine <b>"
+
+
+@pytest.mark.parametrize("name", ["mine.jinja", "mine.txt", "mine.json"])
+def test_a_given_template_may_be_a_file(tmp_path: Path, name: str) -> None:
+    folder, path = model_folder(tmp_path / "model"), tmp_path / name
+    content = "given {{ bos_token }}"
+    path.write_text(json.dumps({"chat_template": content}) if name == "mine.json" else content)
+    extend(folder / "tokenizer_config.json", bos_token="<s>", chat_template="the model's")
+    assert printed(folder, override=str(path)) == "given <s>"
+
+
+def test_a_given_template_that_is_none_is_named(tmp_path: Path) -> None:
+    folder, empty = model_folder(tmp_path / "model"), tmp_path / "empty.json"
+    empty.write_text("{}")
+    for given, message in [
+        (str(empty), "no chat_template"),
+        (str(tmp_path / "absent.jinja"), "cannot be read"),
+        ("{% for %}", "line 1"),
+    ]:
+        with pytest.raises(ModelFilesError, match=message):
+            ChatTemplate.from_folder(folder, override=given)
+
+
+def test_roles_the_template_does_not_know_have_older_names() -> None:
+    source = "{% for m in messages %}{{ m.role }} {% endfor %}"
+    roles = [{"role": role, "content": "x"} for role in ("developer", "function", "tool", "user")]
+    assert shown(source, *roles) == "system tool tool user "
+    knows = source + "{# #}{% if messages[0].role == 'developer' %}!{% endif %}"
+    assert shown(knows, *roles) == "developer tool tool user !"
 
 
 def test_default_of_named_templates_counts(tmp_path: Path) -> None:

@@ -129,13 +129,13 @@ def test_an_answer_follows_a_lark_grammar_with_json_inside(guides: Guides) -> No
     assert re.fullmatch(r"<call>\d{1,2}</call>", text)
 
 
-def test_a_lark_grammar_can_ask_for_a_token_by_its_id(guides: Guides) -> None:
-    source = 'start: <[301]> "x"'
-    [(text, _)] = answers(guides, [Grammar(GrammarKind.LARK, source)])
-    assert (
-        text
-        == guides.tokenizer.decode([400, 301]).removeprefix(guides.tokenizer.decode([400])) + "x"
-    )
+@pytest.mark.parametrize("token", ["<s>", "<[1]>"])
+def test_a_lark_grammar_can_ask_for_a_special_token(guides: Guides, token: str) -> None:
+    compiled = [guides.compile(Grammar(GrammarKind.LARK, f'start: {token} "x"'))]
+    client = Client((PROMPT, 500), 0, 9, False, None, None, 0)
+    [(ids, reason)] = serve(guides, compiled, [client], 1, 0, 24)
+    assert ids[0] == 1 and ids[-1] == EOS and reason == "eos_token"
+    assert guides.tokenizer.decode(ids) == "x"
 
 
 def test_any_json_object(guides: Guides) -> None:

@@ -5,7 +5,9 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,13 +35,32 @@ async def answer_length(scope: Any, receive: Any, send: Any) -> None:
 
 class Impatient(GuardedHttp):
     read_timeout_s = 0.3
+    write_timeout_s = 0.3
+
+
+@dataclass
+class Flood:
+    """An app that answers `num_bytes` in pieces and knows when it was let go."""
+
+    num_bytes: int
+    ended: bool = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        piece = b"a" * 100_000
+        for sent in range(0, self.num_bytes, len(piece)):
+            more = sent + len(piece) < self.num_bytes
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        self.ended = True
 
 
 @contextlib.contextmanager
-def connected(protocol: type[GuardedHttp] = GuardedHttp) -> Iterator[socket.socket]:
+def connected(
+    protocol: type[GuardedHttp] = GuardedHttp, app: Any = answer_length
+) -> Iterator[socket.socket]:
     """A connection to a server that speaks `protocol`."""
     config = uvicorn.Config(
-        answer_length, host="127.0.0.1", port=0, http=protocol, log_config=None, lifespan="off"
+        app, host="127.0.0.1", port=0, http=protocol, log_config=None, lifespan="off"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -118,3 +139,22 @@ def test_a_connection_serves_request_after_request() -> None:
             while b"2 bytes" not in received:
                 received += client.recv(65_536)
             assert received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_does_not_read_is_dropped() -> None:
+    flood = Flood(50_000_000)
+    with connected(Impatient, flood) as client:
+        client.sendall(HEAD + b"\r\n")
+        wait_until(lambda: flood.ended, 20)
+        assert len(read_to_end(client)) < 50_000_000
+
+
+def test_a_slow_reader_gets_everything() -> None:
+    flood = Flood(20_000_000)
+    with connected(Impatient, flood) as client:
+        client.sendall(HEAD + b"Connection: close\r\n\r\n")
+        received = 0
+        while piece := client.recv(1_000_000):
+            received += len(piece)
+            time.sleep(0.02)
+        assert received > 20_000_000

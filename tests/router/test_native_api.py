@@ -287,6 +287,39 @@ def test_tokenize_gives_each_token_its_place(text_app: App) -> None:
     assert [token["start"] for token in placed] == sorted(token["start"] for token in placed)
 
 
+def chat(*content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
+def test_chat_tokenize_gives_each_token_its_place_in_the_rendered_chat(vision_app: App) -> None:
+    body = chat({"type": "text", "text": "Hello there"})
+    reply = post(vision_app(), "/chat_tokenize", body).json()
+    assert set(reply) == {"tokenize_response", "templated_text"}
+    text, tokens = reply["templated_text"], reply["tokenize_response"]
+    assert "Hello there" in text
+    placed = [token for token in tokens if token["stop"]]
+    assert placed
+    assert all(text[token["start"] : token["stop"]] == token["text"] for token in placed)
+
+
+def test_chat_tokenize_counts_pictures_as_generation_does(vision_app: App) -> None:
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture()}"}}
+    body = chat(image, {"type": "text", "text": "What?"})
+    generator = FakeGenerator()
+    app = vision_app(generator)
+    reply = post(app, "/chat_tokenize", body).json()
+    post(app, "/v1/chat/completions", body)
+    ids = tuple(token["id"] for token in reply["tokenize_response"])
+    assert ids == generator.requests[0].prompt_ids
+    assert len(generator.requests[0].images) == 1
+    assert "base64" not in reply["templated_text"]
+
+
+def test_chat_tokenize_needs_the_key(text_app: App) -> None:
+    body = chat({"type": "text", "text": "Hello"})
+    assert post(text_app(api_key="Secret"), "/chat_tokenize", body).status_code == 401
+
+
 @pytest.mark.parametrize("receive_says_so", [True, False])
 @pytest.mark.parametrize("leaves_at", ["http.response.start", "http.response.body"])
 def test_client_that_leaves_cancels_its_stream(

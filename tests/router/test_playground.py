@@ -1,5 +1,6 @@
 """The playground as files: what is served, to whom, and how little it may do."""
 
+import tomllib
 from collections.abc import Callable
 
 import pytest
@@ -26,6 +27,13 @@ def test_files_are_served_without_a_key_and_locked_down(text_app: App, path: str
 def test_every_file_of_the_folder_is_served() -> None:
     served = {path.rpartition("/")[2] for path in PATHS - {"/ui", "/ui/"}} | {"index.html"}
     assert served == LOADED == {path.name for path in FOLDER.iterdir()} - {"screenshot.png"}
+
+
+def test_every_served_file_is_in_the_wheel_and_the_screenshot_is_not() -> None:
+    pyproject = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["tessera.router"]
+    packed = {path.name for pattern in patterns for path in FOLDER.parent.glob(pattern)}
+    assert packed == LOADED
 
 
 def test_the_page_knows_how_much_it_may_send(text_app: App) -> None:

@@ -114,7 +114,8 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
         request_iterator: AsyncIterator[shard_pb2.StepMessage],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[shard_pb2.StepReply]:
-        async for message in request_iterator:
+        messages = aiter(request_iterator)
+        async for message in messages:
             step = message.step
             if self.fault == "dies":
                 await context.abort(grpc.StatusCode.INTERNAL, "a step failed")
@@ -123,6 +124,9 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
             reply = shard_pb2.StepReply(step_id=step.step_id + (self.fault == "skips"))
             for row in step.decodes:
                 reply.tokens.add(sequence_id=row.sequence_id, token_id=row.token_id + self.rank)
+            if self.fault == "guided":
+                for mask in (await anext(messages)).masks.masks:
+                    reply.tokens.add(sequence_id=mask.sequence_id, token_id=mask.bitmask[0])
             yield reply
 
 
@@ -171,6 +175,21 @@ async def two_steps(group: ShardGroup) -> list[int]:
 
 def test_the_answer_is_rank_0s(tmp_path: Path) -> None:
     assert with_ranks(tmp_path, ("", ""), two_steps) == [7, 8]
+
+
+def test_masks_go_to_rank_0_alone_while_it_computes_their_step(tmp_path: Path) -> None:
+    async def guided_steps(group: ShardGroup) -> list[dict[int, int]]:
+        await warm_up(group)
+        tokens = []
+        for number in range(2):
+            step_id = await group.send(StepPlan(released_sequence_ids=[1]))
+            await group.send_masks(step_id, {7: bytes([40 + number]), 8: b"x"})
+            reply = await group.receive(step_id)
+            tokens.append({token.sequence_id: token.token_id for token in reply.tokens})
+        return tokens
+
+    got = with_ranks(tmp_path, ("guided", ""), guided_steps)
+    assert got == [{7: 40, 8: ord("x")}, {7: 41, 8: ord("x")}]
 
 
 def test_the_pool_is_the_smallest_of_all_ranks(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from tessera.router.errors import ToolError
 from tessera.router.grammar import Grammar, GrammarKind
 from tessera.router.guidance_compile import GrammarError, compile_grammar
 from tessera.router.schemas import ChatBody
-from tessera.router.tool_formats import ToolFormat
 from tessera.router.tool_grammar import MAX_CALLS, tool_grammar
 from tessera.router.tool_parser import CallArguments, CallStart, CallSyntax, ToolCallParser
 from tessera.router.tools import ToolUse, read_tools
@@ -126,8 +125,13 @@ def test_free_answers_are_text_or_calls(kind: str) -> None:
         assert accepted(model, grammar, text)
     one = written_call(format, "get_weather", '{"city": "Ulm", "days": 3}')
     assert accepted(model, grammar, written_calls(format, one))
-    assert not accepted(model, grammar, written_calls(format, written_call(format, "unknown"))) or not format.marker
-    assert not accepted(model, grammar, written_calls(format, written_call(format, "stop", '{"more": 1}')))
+    assert (
+        not accepted(model, grammar, written_calls(format, written_call(format, "unknown")))
+        or not format.marker
+    )
+    assert not accepted(
+        model, grammar, written_calls(format, written_call(format, "stop", '{"more": 1}'))
+    )
     assert not accepted(model, grammar, written_calls(format, one) + " and more")
     if format.marker:
         assert accepted(model, grammar, "I shall look. " + written_calls(format, one))
@@ -135,7 +139,9 @@ def test_free_answers_are_text_or_calls(kind: str) -> None:
         assert accepted(model, grammar, written_calls(format, one, written_call(format)))
         single = tool_grammar(use(parallel_tool_calls=False), format)
         assert not accepted(model, single, written_calls(format, one, written_call(format)))
-        assert not accepted(model, grammar, written_calls(format, *[written_call(format)] * (MAX_CALLS + 1)))
+        assert not accepted(
+            model, grammar, written_calls(format, *[written_call(format)] * (MAX_CALLS + 1))
+        )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -179,7 +185,9 @@ def test_a_response_format_holds_for_answers_without_calls(kind: str) -> None:
     assert not accepted(model, grammar, "Hello")
     assert not accepted(model, grammar, '{"a": 12}' + written_calls(format, written_call(format)))
     forced = tool_grammar(use(tool_choice="required"), format, ANSWER)
-    assert accepted(model, forced, written_calls(format, written_call(format))) and not accepted(model, forced, '{"a": 12}')
+    assert accepted(model, forced, written_calls(format, written_call(format))) and not accepted(
+        model, forced, '{"a": 12}'
+    )
 
 
 def test_response_formats_that_cannot_be_told_from_calls() -> None:

@@ -242,7 +242,8 @@ def test_openai_parameters_arrive(make_validator: MakeValidator) -> None:
         ({"logit_bias": {"999999": 1}}, "logit_bias", "token ids below"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "token ids below"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "values must be"),
-        ({"tools": [{"type": "function"}]}, "tools", "guided generation is not available"),
+        ({"tools": [{"function": {"name": "a b"}}]}, "tools", "must have 1 to 64 characters"),
+        ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
         ({"response_format": {"type": "json_object"}}, "response_format", "guided generation"),
     ],
 )
@@ -257,7 +258,7 @@ def test_openai_rules_name_the_parameter(
 def test_harmless_wishes_are_granted(make_validator: MakeValidator) -> None:
     body = chat(tools=[], tool_choice="auto", response_format={"type": "text"}, n=None, stop=None)
     assert build(make_validator("next-vicuna"), body).sampling.temperature == 1.0
-    body = chat(tools=[{"type": "function"}], tool_choice="none")
+    body = chat(tools=[{"function": {"name": "f"}}], tool_choice="none")
     assert build(make_validator("next-vicuna"), body)
 
 

@@ -1,5 +1,8 @@
 """Steps through the engine over a table of a model: the next token depends on the last only."""
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -379,3 +382,41 @@ def test_a_sampler_that_fails_for_one_sequence_fails_it_alone(
     likeliest = int(model.table_VV[4].argmax())
     assert tokens(reply) == {0: likeliest, 2: likeliest}
     assert [failure.sequence_id for failure in reply.failures] == [1]
+
+
+GUIDED = shard_pb2.SamplingParams(guided=True)
+
+
+def test_a_guided_sequence_samples_what_its_mask_allows(engine: Engine, model: TableModel) -> None:
+    engine.masks.put(0, {1: (1 << 30).to_bytes(4, "little")})
+    step = shard_pb2.Step(chunks=[chunk(1, [5, 6], sampling=GUIDED), chunk(0, [6])])
+    assert tokens(engine.run(step)) == {1: 30, 0: int(model.table_VV[6].argmax())}
+
+
+def test_the_forward_pass_does_not_wait_for_masks(engine: Engine, model: TableModel) -> None:
+    def tell() -> None:
+        deadline = time.monotonic() + 20
+        while not model.layouts and time.monotonic() < deadline:
+            time.sleep(0.01)
+        engine.masks.put(0, {1: (1 << 30).to_bytes(4, "little")})
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    reply = engine.run(shard_pb2.Step(chunks=[chunk(1, [5, 6], sampling=GUIDED)]))
+    teller.join()
+    assert tokens(reply) == {1: 30}
+
+
+def test_a_released_row_samples_anything(engine: Engine, model: TableModel) -> None:
+    engine.masks.put(0, {1: b""})
+    reply = engine.run(shard_pb2.Step(chunks=[chunk(1, [5, 6], sampling=GUIDED)]))
+    assert tokens(reply) == {1: int(model.table_VV[6].argmax())}
+
+
+def test_a_guided_sequence_without_a_mask_fails_alone(engine: Engine) -> None:
+    engine.masks.close()
+    step = shard_pb2.Step(chunks=[chunk(1, [5, 6], sampling=GUIDED), chunk(0, [6])])
+    reply = engine.run(step)
+    assert list(tokens(reply)) == [0]
+    assert [failure.sequence_id for failure in reply.failures] == [1]
+    assert "which tokens may follow" in reply.failures[0].message

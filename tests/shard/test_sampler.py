@@ -173,3 +173,49 @@ def test_uniforms_are_uniform_and_open(seed: int) -> None:
     assert float(((counts - 2000) ** 2 / 2000).sum()) < 125  # 49 degrees of freedom, beyond 1e-7
     correlation = torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]
     assert abs(float(correlation)) < 0.02
+
+
+def mask_of(*allowed: int) -> bytes:
+    bits = sum(1 << token_id for token_id in allowed)
+    return bits.to_bytes(-(-VOCABULARY // 32) * 4, "little")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.01, "top_k": 2},
+        {"temperature": 5.0, "top_k": 40, "top_p": 0.9},
+        {"temperature": 1.0, "typical_p": 0.5, "min_p": 0.1},
+        {"repetition_penalty": 9.0, "frequency_penalty": 2.0},
+        {"logit_bias": [LogitBias(token_id=4, bias=100.0), LogitBias(token_id=7, bias=-100.0)]},
+    ],
+)
+def test_a_forbidden_token_is_never_sampled(params: dict[str, object]) -> None:
+    allowed = (7, 8, 31, 32, 49)
+    logits = make_logits(30)
+    seeds = range(30)
+    rows = [
+        SampleRow(SamplingParams(seed=seed, **params), (1, 7, 7), 1, mask_of(*allowed))  # type: ignore[arg-type]
+        for seed in seeds
+    ]
+    got = sample(logits, rows)
+    assert {token.token_id for token in got} <= set(allowed)
+    expected = logits.log_softmax(-1).gather(1, torch.tensor([[t.token_id] for t in got]))[:, 0]
+    torch.testing.assert_close(torch.tensor([token.logprob for token in got]), expected)
+
+
+def test_a_mask_with_one_token_forces_it() -> None:
+    rows = [SampleRow(SamplingParams(temperature=1.0), (1,), 1, mask_of(49))]
+    assert sample(make_logits(), rows)[0].token_id == 49
+
+
+def test_a_mask_concerns_its_own_row_only() -> None:
+    logits = make_logits(3)
+    plain = [make_row(), make_row(temperature=1.0, seed=3), make_row(temperature=2.0, seed=4)]
+    alone = sample(logits, plain)
+    guided = SampleRow(plain[1].params, plain[1].token_ids, 2, mask_of(alone[1].token_id ^ 1))
+    got = sample(logits, [plain[0], guided, plain[2]])
+    assert (got[0], got[2]) == (alone[0], alone[2])
+    assert got[1].token_id == alone[1].token_id ^ 1

@@ -80,6 +80,41 @@ def test_steps_are_answered_in_order() -> None:
     assert [token.token_id for token in got[0].tokens] == [41, 11]
 
 
+def test_masks_reach_a_step_that_waits_for_them() -> None:
+    class Waiting(EchoEngine):
+        def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+            (mask,) = self.masks.take(step.step_id, [9]).values()
+            reply = shard_pb2.StepReply(step_id=step.step_id)
+            reply.tokens.add(sequence_id=9, token_id=mask[0])
+            return reply
+
+    async def use(stub: shard_pb2_grpc.ShardStub) -> list[int]:
+        stream = stub.Steps()
+        for number in range(2):  # the second while the first waits
+            await stream.write(shard_pb2.StepMessage(step=step(number)))
+        got = []
+        for number in range(2):
+            mask = shard_pb2.TokenMask(sequence_id=9, bitmask=bytes([40 + number]))
+            masks = shard_pb2.TokenMasks(step_id=number, masks=[mask])
+            await stream.write(shard_pb2.StepMessage(masks=masks))
+            got.append((await stream.read()).tokens[0].token_id)
+        await stream.done_writing()
+        return got
+
+    assert with_service(Waiting(), use) == [40, 41]
+
+
+def test_a_router_that_leaves_does_not_leave_a_step_waiting() -> None:
+    class Waiting(EchoEngine):
+        def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+            self.missed = self.masks.take(step.step_id, [9]) == {}
+            return shard_pb2.StepReply(step_id=step.step_id)
+
+    engine = Waiting()
+    with_service(engine, lambda stub: replies(stub, step(0)))
+    assert engine.missed and engine.resets == 1
+
+
 def test_closing_the_stream_releases_every_sequence() -> None:
     engine = EchoEngine()
     with_service(engine, lambda stub: replies(stub, step(0, 1)))

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "quantized.h"
 #include "vector.h"
 
 #define TESSERA_JOIN(a, b) a##b
@@ -55,14 +56,16 @@ void rotate(const T* in, const float* cos_sin, T* out, int64_t head_size) {
 
 template <typename T>
 constexpr TypedKernels<T> typed_kernels() {
-  return {attend_segment<T>, finish<T>, add_rms_norm<T>, silu_mul<T>, rotate<T>};
+  return {attend_segment<T>, finish<T>, add_rms_norm<T>, silu_mul<T>, rotate<T>,
+          quantize_row<T>};
 }
 
 }  // namespace
 
 const Kernels* TESSERA_NAME(TESSERA_ISA)() {
-  static constexpr Kernels kernels{scratch_floats, merge, typed_kernels<float>(),
-                                   typed_kernels<bf16>()};
+  static constexpr Kernels kernels{scratch_floats,         merge,
+                                   multiply_quantized<4>,  multiply_quantized<8>,
+                                   typed_kernels<float>(), typed_kernels<bf16>()};
   return &kernels;
 }
 

@@ -69,6 +69,24 @@ struct Partial {
   }
 };
 
+// Weights of 4 or 8 bits (quantized.h) lie in blocks of QUANTIZED_OUT rows. A block is a sequence of
+// groups of QUANTIZED_GROUP columns: the codes, four columns of each row together and with 4 bits
+// the group's second half in the high ones; then each row's scale and least value, in half precision.
+constexpr int64_t QUANTIZED_OUT = 16;
+constexpr int64_t QUANTIZED_GROUP = 32;
+constexpr int64_t quantized_group_bytes(int64_t bits) {
+  return QUANTIZED_OUT * (QUANTIZED_GROUP * bits / 8 + 4);
+}
+
+struct QuantizedArgs {
+  const uint8_t* weight;
+  const int8_t* codes_TI;  // the input in 8 bits
+  const float* scales_TG;  // of its groups
+  const float* sums_TG;    // of its values, per group
+  int64_t width;           // I
+  int64_t num_groups;      // G
+};
+
 template <typename T>
 struct TypedKernels {
   // One tile over the keys [first_key, last_key) of one segment into `to`, overwriting it.
@@ -80,12 +98,19 @@ struct TypedKernels {
   void (*add_rms_norm)(const T* x, T* residual, const T* weight, T* out, int64_t width, float eps);
   void (*silu_mul)(const T* gate_up, T* out, int64_t width);
   void (*rotate)(const T* in, const float* cos_sin, T* out, int64_t head_size);
+  // One token to 8 bits: its codes, and scales and sums of its groups.
+  void (*quantize_row)(const T* x, int64_t width, int8_t* codes, float* scales, float* sums);
 };
 
 struct Kernels {
   int64_t (*scratch_floats)(int64_t rows, int64_t head_size);  // for attend_segment
   // Adds `from` to `to`: the softmax over the keys of both.
   void (*merge)(const Partial& to, const Partial& from, int64_t rows, int64_t head_size);
+  // Rows of the input against one block of the weight: out [num_rows, QUANTIZED_OUT].
+  using Multiply = void (*)(const QuantizedArgs&, int64_t block, int64_t first_row,
+                            int64_t num_rows, float* out);
+  Multiply multiply_int4;
+  Multiply multiply_int8;
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
 };

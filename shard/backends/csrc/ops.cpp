@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // of a cheap operation on rows
+constexpr int64_t ROWS_AT_ONCE = 64;              // of an input, against quantized weights
 
 const Kernels& kernels_of(int64_t variant) {
   TORCH_CHECK(variant >= 0 && variant < static_cast<int64_t>(variants().size()),
@@ -47,6 +49,16 @@ T* data(const Tensor& x) {
 void check_rows(const Tensor& x, const char* name, at::ScalarType type) {
   TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type, name,
               " must be a contiguous CPU tensor of ", type, ", not ", x.scalar_type());
+}
+
+float as_float(float x) { return x; }
+float as_float(bf16 x) { return c10::detail::f32_from_bits(x.bits); }
+void set(float& to, float x) { to = x; }
+void set(bf16& to, float x) { to.bits = c10::detail::round_to_nearest_even(x); }
+
+template <typename T>
+void write_row(T* to, const float* from, const T* bias, int64_t count) {
+  for (int64_t i = 0; i < count; i++) set(to[i], from[i] + (bias ? as_float(bias[i]) : 0.0f));
 }
 
 template <typename Body>
@@ -261,6 +273,55 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, int64_t v
   return out_SQNH;
 }
 
+// x [.., I] with a weight in the layout of kernels.h: [.., out_features], in the type of x.
+Tensor quantized_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        int64_t out_features, int64_t bits, int64_t variant) {
+  const Kernels& kernels = kernels_of(variant);
+  Tensor x_TI = x.reshape({-1, x.size(-1)}).contiguous();
+  const int64_t rows = x_TI.size(0), width = x_TI.size(1), groups = width / QUANTIZED_GROUP;
+  const int64_t blocks = (out_features + QUANTIZED_OUT - 1) / QUANTIZED_OUT;
+  check_rows(weight, "weight", at::kByte);
+  TORCH_CHECK(bits == 4 || bits == 8, "weights have 4 or 8 bits, not ", bits);
+  TORCH_CHECK(width % QUANTIZED_GROUP == 0 &&
+                  weight.numel() == blocks * groups * quantized_group_bytes(bits),
+              "the weight is not laid out for ", width, " inputs and ", out_features, " outputs");
+  Tensor codes = at::empty({rows, width}, x_TI.options().dtype(at::kChar));
+  Tensor scales = at::empty({2, rows, groups}, x_TI.options().dtype(at::kFloat));
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor out = at::empty(shape, x_TI.options());
+  QuantizedArgs args{data<uint8_t>(weight), data<int8_t>(codes), data<float>(scales),
+                     data<float>(scales) + rows * groups, width, groups};
+  with_type(x_TI, [&](auto type) {
+    using T = decltype(type);
+    if (bias) check_rows(*bias, "bias", x_TI.scalar_type());
+    for_rows(rows, width, [&](int64_t row) {
+      typed(kernels, type).quantize_row(data<T>(x_TI) + row * width, width,
+                                        data<int8_t>(codes) + row * width,
+                                        data<float>(scales) + row * groups,
+                                        data<float>(scales) + (rows + row) * groups);
+    });
+    auto multiply = bits == 4 ? kernels.multiply_int4 : kernels.multiply_int8;
+    const T* added = bias ? data<T>(*bias) : nullptr;
+    at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+      float tile[ROWS_AT_ONCE * QUANTIZED_OUT];
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t first = block * QUANTIZED_OUT;
+        const int64_t count = std::min(QUANTIZED_OUT, out_features - first);
+        for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
+          const int64_t some = std::min(ROWS_AT_ONCE, rows - row);
+          multiply(args, block, row, some, tile);
+          for (int64_t r = 0; r < some; r++) {
+            T* to = data<T>(out) + (row + r) * out_features + first;
+            write_row(to, tile + r * QUANTIZED_OUT, added ? added + first : nullptr, count);
+          }
+        }
+      }
+    });
+  });
+  return out;
+}
+
 TORCH_LIBRARY(tessera_cpu, library) {
   library.def("variants() -> str[]", &variant_names);
   library.def(
@@ -272,6 +333,9 @@ TORCH_LIBRARY(tessera_cpu, library) {
   library.def(
       "attend(Tensor q, Tensor keys, Tensor values, Tensor query_start, Tensor context_lens,"
       " Tensor block_tables, int window, int variant) -> Tensor");
+  library.def(
+      "quantized_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int bits,"
+      " int variant) -> Tensor");
   library.def("attend_dense(Tensor q, Tensor k, Tensor v, int variant) -> Tensor");
 }
 
@@ -281,6 +345,7 @@ TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
   library.impl("rotate_and_store", &rotate_and_store);
   library.impl("attend", &attend_paged);
   library.impl("attend_dense", &attend_dense);
+  library.impl("quantized_linear", &quantized_linear);
 }
 
 }  // namespace

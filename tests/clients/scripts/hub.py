@@ -1,7 +1,7 @@
 """huggingface_hub's InferenceClient, from 0.23 to 2.x."""
 
 import inspect
-from typing import Any, Dict
+from typing import Any
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from reporting import (
@@ -31,11 +31,11 @@ def generate(text: str, **options: Any) -> Any:
 
 def chat(question: str, **options: Any) -> Any:
     return client.chat_completion(
-        messages(question), **{"max_tokens": 60, "temperature": 0.0, **options}
+        messages(question), **{"max_tokens": 200, "temperature": 0.0, **options}
     )
 
 
-def details(reply: Any) -> Dict[str, Any]:
+def details(reply: Any) -> dict[str, Any]:
     found = reply.details
     return {
         "text": reply.generated_text,
@@ -49,11 +49,13 @@ def details(reply: Any) -> Dict[str, Any]:
     }
 
 
-def streamed_details() -> Dict[str, Any]:
+def streamed_details() -> dict[str, Any]:
     events = list(generate(prompt(COUNT), stream=True, details=True))
     last = events[-1]
     return {
-        "tokens": [[event.token.text, event.token.logprob, event.token.special] for event in events],
+        "tokens": [
+            [event.token.text, event.token.logprob, event.token.special] for event in events
+        ],
         "text": last.generated_text,
         "finish_reason": last.details.finish_reason,
         "generated_tokens": last.details.generated_tokens,
@@ -67,7 +69,7 @@ def sampled(seed: int) -> str:
     )
 
 
-def message(reply: Any) -> Dict[str, Any]:
+def message(reply: Any) -> dict[str, Any]:
     choice = reply.choices[0]
     return {
         "role": choice.message.role,
@@ -78,7 +80,7 @@ def message(reply: Any) -> Dict[str, Any]:
     }
 
 
-def chat_stream(**options: Any) -> Dict[str, Any]:
+def chat_stream(**options: Any) -> dict[str, Any]:
     chunks = list(chat(COUNT, stream=True, **options))
     with_choice = [chunk for chunk in chunks if chunk.choices]
     usage = getattr(chunks[-1], "usage", None)
@@ -89,7 +91,7 @@ def chat_stream(**options: Any) -> Dict[str, Any]:
     }
 
 
-def tool_call(choice: Any) -> Dict[str, Any]:
+def tool_call(choice: Any) -> dict[str, Any]:
     call = chat(COLOR, tools=[TOOL], tool_choice=choice).choices[0].message.tool_calls[0]
     return {"name": call.function.name, "arguments": call.function.arguments, "id": call.id}
 
@@ -123,7 +125,7 @@ async def async_generate() -> Any:
 
 async def async_chat() -> Any:
     asking = AsyncInferenceClient(URL)
-    options: Dict[str, Any] = {"max_tokens": 20, "temperature": 0.0}
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.0}
     reply = await asking.chat_completion(messages(COUNT), **options)
     stream = await asking.chat_completion(messages(COUNT), stream=True, **options)
     pieces = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
@@ -196,7 +198,7 @@ if "top_n_tokens" in PARAMETERS:
     )
 if "grammar" in PARAMETERS:
     FEATURES["text_generation: grammar json"] = lambda: generate(
-        prompt(COLOR), max_new_tokens=60, grammar={"type": "json", "value": COLOR_SCHEMA}
+        prompt(COLOR), max_new_tokens=200, grammar={"type": "json", "value": COLOR_SCHEMA}
     )
     FEATURES["text_generation: grammar regex"] = lambda: generate(
         prompt(COLOR), grammar={"type": "regex", "value": "(the|a) (red|green|blue) star"}

@@ -1,7 +1,7 @@
 """LangChain: HuggingFaceEndpoint for the native API, ChatOpenAI for OpenAI's."""
 
 import base64
-from typing import Any, Dict, Literal
+from typing import Any, Literal
 
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_huggingface import HuggingFaceEndpoint
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from reporting import CAPTION, COLOR, COUNT, PICTURE, URL, data_uri, prompt, report
 
 endpoint = HuggingFaceEndpoint(endpoint_url=URL, max_new_tokens=30, temperature=0.01)
-chat = ChatOpenAI(base_url=f"{URL}/v1", api_key="-", model="default", temperature=0, max_tokens=60)
+chat = ChatOpenAI(base_url=f"{URL}/v1", api_key="-", model="default", temperature=0, max_tokens=200)
 
 
 class Star(BaseModel):
@@ -32,7 +32,7 @@ def standard_image(question: str) -> Any:
     return [HumanMessage(content=[image, {"type": "text", "text": question}])]
 
 
-def structured(method: str) -> Dict[str, Any]:
+def structured(method: str) -> dict[str, Any]:
     star = chat.with_structured_output(Star, method=method).invoke(asked(COLOR))
     return {"type": type(star).__name__, "color": star.color, "count": star.count}
 
@@ -56,7 +56,7 @@ def tool_turn() -> str:
     return chat.bind_tools([Star], tool_choice="none").invoke(turns).text
 
 
-def streamed() -> Dict[str, Any]:
+def streamed() -> dict[str, Any]:
     chunks = list(chat.stream(asked(COUNT), stream_usage=True))
     whole = chunks[0]
     for chunk in chunks[1:]:

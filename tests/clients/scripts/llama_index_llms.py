@@ -1,6 +1,6 @@
 """LlamaIndex: OpenAILike and HuggingFaceInferenceAPI."""
 
-from typing import Any, Dict, Literal
+from typing import Any, Literal
 
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.llms.huggingface_api import HuggingFaceInferenceAPI
@@ -15,9 +15,11 @@ like = OpenAILike(
     is_chat_model=True,
     is_function_calling_model=True,
     temperature=0,
-    max_tokens=60,
+    max_tokens=200,
 )
-hub = HuggingFaceInferenceAPI(model=URL, num_output=30, temperature=0.01, context_window=2048)
+HUB = {"model": URL, "num_output": 30, "temperature": 0.01, "context_window": 2048}
+native = HuggingFaceInferenceAPI(task="text-generation", **HUB)
+hub = HuggingFaceInferenceAPI(**HUB)
 TURNS = [ChatMessage(role="user", content="Hello")]
 
 
@@ -33,14 +35,14 @@ def asked(question: str) -> Any:
     return [ChatMessage(role="user", blocks=blocks)]
 
 
-def streamed(replies: Any) -> Dict[str, Any]:
+def streamed(replies: Any) -> dict[str, Any]:
     replies = list(replies)
     last = replies[-1]
     text = last.text if hasattr(last, "text") else last.message.content
     return {"joined": "".join(reply.delta or "" for reply in replies), "text": text}
 
 
-def structured() -> Dict[str, Any]:
+def structured() -> dict[str, Any]:
     star = like.as_structured_llm(Star).chat(asked(COLOR)).raw
     return {"type": type(star).__name__, "color": star.color, "count": star.count}
 
@@ -55,9 +57,12 @@ FEATURES = {
     "OpenAILike: achat": async_chat,
     "OpenAILike: complete": lambda: like.complete("Hello").text,
     "OpenAILike: as_structured_llm": structured,
-    "HuggingFaceInferenceAPI: complete": lambda: hub.complete(prompt(COUNT)).text,
-    "HuggingFaceInferenceAPI: stream_complete": lambda: streamed(hub.stream_complete(prompt(COUNT))),
+    "HuggingFaceInferenceAPI: complete": lambda: native.complete(prompt(COUNT)).text,
+    "HuggingFaceInferenceAPI: stream_complete": lambda: streamed(
+        native.stream_complete(prompt(COUNT))
+    ),
     "HuggingFaceInferenceAPI: chat": lambda: hub.chat(TURNS).message.content,
+    "HuggingFaceInferenceAPI: stream_chat": lambda: streamed(hub.stream_chat(TURNS)),
 }
 
 if __name__ == "__main__":

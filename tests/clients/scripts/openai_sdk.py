@@ -1,8 +1,7 @@
 """OpenAI's own client, 1.x to 3.x."""
 
-from typing import Any, Dict, Literal
+from typing import Any, Literal
 
-import openai
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
 from reporting import (
@@ -31,11 +30,11 @@ class Star(BaseModel):
     count: int = Field(ge=1, le=9)
 
 
-def options(question: str, **more: Any) -> Dict[str, Any]:
+def options(question: str, **more: Any) -> dict[str, Any]:
     return {
         "model": "default",
         "messages": messages(question),
-        "max_tokens": 60,
+        "max_tokens": 200,
         "temperature": 0,
         **more,
     }
@@ -45,7 +44,7 @@ def chat(question: str, **more: Any) -> Any:
     return client.chat.completions.create(**options(question, **more))
 
 
-def message(reply: Any) -> Dict[str, Any]:
+def message(reply: Any) -> dict[str, Any]:
     return {
         "id": reply.id,
         "object": reply.object,
@@ -55,7 +54,7 @@ def message(reply: Any) -> Dict[str, Any]:
     }
 
 
-def joined(chunks: Any) -> Dict[str, Any]:
+def joined(chunks: Any) -> dict[str, Any]:
     chunks = list(chunks)
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     return {
@@ -65,6 +64,12 @@ def joined(chunks: Any) -> Dict[str, Any]:
         "finish_reason": choices[-1].finish_reason,
         "completion_tokens": chunks[-1].usage.completion_tokens if chunks[-1].usage else None,
     }
+
+
+def two_pictures() -> Any:
+    turns = messages("What does the sign say?", SIGN)
+    turns.append({"role": "assistant", "content": '"EXIT"'})
+    return turns + messages(COUNT)
 
 
 def tool_calls(reply: Any) -> Any:
@@ -100,7 +105,7 @@ def tool_turn() -> str:
     return reply.choices[0].message.content
 
 
-def raw_response() -> Dict[str, Any]:
+def raw_response() -> dict[str, Any]:
     raw = client.chat.completions.with_raw_response.create(**options(COUNT))
     return {
         "status": raw.status_code,
@@ -111,13 +116,13 @@ def raw_response() -> Dict[str, Any]:
     }
 
 
-def parsed() -> Dict[str, Any]:
+def parsed() -> dict[str, Any]:
     reply = client.beta.chat.completions.parse(**options(COLOR, response_format=Star))
     star = reply.choices[0].message.parsed
     return {"type": type(star).__name__, "color": star.color, "count": star.count}
 
 
-def stream_helper() -> Dict[str, Any]:
+def stream_helper() -> dict[str, Any]:
     with client.beta.chat.completions.stream(**options(COLOR, response_format=Star)) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
@@ -167,7 +172,7 @@ FEATURES = {
         chat(COUNT, stream=True, stream_options={"include_usage": True})
     ),
     "chat.completions.create: several pictures": lambda: message(
-        chat(COUNT, messages=[*messages(COLOR, SIGN), *messages(COUNT)][-1:] + messages(CAPTION))
+        chat(COUNT, messages=two_pictures())
     ),
     "chat.completions.create: required tool": lambda: tool_calls(
         chat(COLOR, tools=[TOOL], tool_choice="required")
@@ -198,13 +203,10 @@ FEATURES = {
         for choice in plain(prompt=[prompt(COUNT), prompt(COLOR)]).choices
     ],
     "AsyncOpenAI": async_chat,
-    "refusal": lambda: raised(lambda: chat(COUNT, temperature=-1)),
-    "refusal of a stream": lambda: raised(lambda: chat(COUNT, temperature=-1, stream=True)),
-    "unknown model": lambda: raised(lambda: client.models.retrieve("none-such")),
+    "errors: refusal": lambda: raised(lambda: chat(COUNT, temperature=-1)),
+    "errors: refusal of a stream": lambda: raised(lambda: chat(COUNT, temperature=-1, stream=True)),
+    "errors: unknown model": lambda: raised(lambda: client.models.retrieve("none-such")),
 }
-if not hasattr(client.beta, "chat"):
-    raise SystemExit("this version has no client.beta.chat")
 
 if __name__ == "__main__":
-    assert openai.__version__
     report(["openai"], FEATURES)

@@ -8,9 +8,10 @@ import base64
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 DEMO = Path(__file__).parents[3] / "launcher" / "demo"
 PICTURE = DEMO / "picture.png"
@@ -61,7 +62,7 @@ def messages(question: str, picture: Path = PICTURE) -> Any:
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
 
 
-def raised(call: Callable[[], Any]) -> Dict[str, str]:
+def raised(call: Callable[[], Any]) -> dict[str, str]:
     """What a call that must fail raised, as its user sees it."""
     try:
         result = call()
@@ -72,7 +73,7 @@ def raised(call: Callable[[], Any]) -> Dict[str, str]:
     return {"type": "nothing", "message": ""}
 
 
-def report(packages: Any, features: Dict[str, Callable[[], Any]]) -> None:
+def report(packages: Any, features: dict[str, Callable[[], Any]]) -> None:
     """Call every feature and print versions and results; one that raises says what."""
     seen = {}
     for name, call in features.items():

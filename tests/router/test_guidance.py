@@ -1,0 +1,237 @@
+"""Compiling grammars: what clients are told, and what hostile ones cannot do."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tessera.router import guidance
+from tessera.router.errors import OverloadedError, RouterError, ValidationError
+from tessera.router.grammar import Grammar, GrammarKind
+from tessera.router.guidance import GuideCompiler
+from tessera.router.guidance_compile import Vocabulary, eos_of
+from tessera.router.tokenizer import Tokenizer
+from tests.router.guided_shards import allowed_ids
+from tests.router.json_schemas import UNSUPPORTED
+
+T = TypeVar("T")
+EOS = 2
+SIZE = 1003  # more than the tokenizer has, and no whole number of bytes
+INTEGER = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "integer"}')
+
+
+@pytest.fixture(scope="module")
+def vocabulary(checkpoint: Callable[[str], Path]) -> Vocabulary:
+    tokenizer = Tokenizer.from_folder(checkpoint("next-mistral"))
+    return Vocabulary(tokenizer.definition(), SIZE, (EOS,))
+
+
+def with_compiler(
+    vocabulary: Vocabulary,
+    use: Callable[[GuideCompiler], Awaitable[T]],
+    timeout_s: float = 10.0,
+    max_bytes: int = 200_000,
+) -> T:
+    async def go() -> T:
+        compiler = GuideCompiler(vocabulary, timeout_s, max_bytes)
+        try:
+            return await asyncio.wait_for(use(compiler), 100)
+        finally:
+            compiler.close()
+
+    return asyncio.run(go())
+
+
+def refusal(
+    vocabulary: Vocabulary, grammar: Grammar, timeout_s: float = 10.0, max_bytes: int = 200_000
+) -> str:
+    """What a client is told; afterwards others' grammars must still compile."""
+
+    async def use(compiler: GuideCompiler) -> str:
+        with pytest.raises(ValidationError) as refused:
+            await compiler.compile(grammar)
+        assert refused.value.status == 422 and refused.value.error_type == "validation"
+        assert refused.value.param == "grammar"
+        await compiler.compile(INTEGER)
+        return str(refused.value)
+
+    told = with_compiler(vocabulary, use, timeout_s, max_bytes)
+    assert len(told) < 400 and told.isprintable() and "<image-" not in told
+    return told
+
+
+def chain(of: Callable[[str], object], length: int = 3000) -> str:
+    """A schema of definitions each of which needs the next."""
+    definitions = {f"d{i}": of(f"#/$defs/d{i + 1}") for i in range(length)}
+    return json.dumps({"$defs": {**definitions, f"d{length}": {}}, "$ref": "#/$defs/d0"})
+
+
+def rules(name: str, length: int = 3000) -> str:
+    """A Lark grammar of rules, or of terminals, each of which needs the next twice."""
+    lines = [f"{name}{i}: {name}{i + 1} {name}{i + 1}" for i in range(length)]
+    return "\n".join([f"start: {name}0", *lines, f'{name}{length}: "a"'])
+
+
+MULTIPLES = {
+    "allOf": [
+        {"type": "integer", "multipleOf": n, "minimum": -(10**15), "maximum": 10**17}
+        for n in (999983, 1000003, 17)
+    ]
+}
+EXPLOSIVE = {
+    "references in a row": (GrammarKind.JSON_SCHEMA, chain(lambda d: {"$ref": d})),
+    "allOf in a row": (GrammarKind.JSON_SCHEMA, chain(lambda d: {"allOf": [{"$ref": d}]})),
+    "arrays in a row": (GrammarKind.JSON_SCHEMA, chain(lambda d: {"items": {"$ref": d}})),
+    "huge common multiple": (GrammarKind.JSON_SCHEMA, json.dumps(MULTIPLES)),
+    "rules in a row": (GrammarKind.LARK, rules("r")),
+    "terminals in a row": (GrammarKind.LARK, rules("T")),
+    "intersections": (
+        GrammarKind.LARK,
+        "start: A\nA: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(40)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPLOSIVE)
+def test_what_would_take_the_process_with_it_is_refused(vocabulary: Vocabulary, name: str) -> None:
+    told = refusal(vocabulary, Grammar(*EXPLOSIVE[name]), timeout_s=0.5)
+    assert re.search("too long or too much memory|Unable to determine|too big|too complex", told)
+
+
+REFUSED = {
+    "30000 brackets": (GrammarKind.REGEX, "(" * 30_000 + "a" + ")" * 30_000, "nested"),
+    "19000 levels": (GrammarKind.JSON_SCHEMA, '{"items":' * 19_000 + "{}" + "}" * 19_000, "recurs"),
+    "look-ahead": (GrammarKind.REGEX, "(?=a)b", "look-around"),
+    "open bracket": (GrammarKind.REGEX, "(a", "unclosed group"),
+    "nothing matches": (GrammarKind.REGEX, r"[^\s\S]", "allows no answer"),
+    "half a character": (GrammarKind.REGEX, "\ud800", "surrogates"),
+    "remote": (GrammarKind.JSON_SCHEMA, '{"$ref": "http://localhost/x"}', "only point into"),
+    "a file": (GrammarKind.JSON_SCHEMA, '{"$ref": "file:///etc/passwd"}', "only point into"),
+    "endless": (GrammarKind.JSON_SCHEMA, '{"$ref": "#"}', "allows no answer"),
+    "no JSON": (GrammarKind.JSON_SCHEMA, "{", "Expecting property name"),
+    "no schema": (GrammarKind.JSON_SCHEMA, "[1]", "must be an object"),
+    "no type": (GrammarKind.JSON_SCHEMA, '{"type": "foo"}', "Invalid type"),
+    "contradiction": (
+        GrammarKind.JSON_SCHEMA,
+        '{"allOf": [{"type": "string"}, {"type": "integer"}]}',
+        "Unsatisfiable",
+    ),
+    "unknown rule": (GrammarKind.LARK, "start: foo", "unknown name"),
+    "unknown token": (GrammarKind.LARK, "start: <foo>", "unknown special token"),
+    "no grammar": (GrammarKind.LARK, "", "Empty grammar"),
+    "defect of the library": (GrammarKind.LARK, 'start: a "x"\na[lazy]: /.*/', "too complex"),
+    "no choice": (GrammarKind.CHOICE, "[]", "at least one"),
+    "choice of numbers": (GrammarKind.CHOICE, "[1]", "list of strings"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_client_is_told_what_is_wrong(vocabulary: Vocabulary, name: str) -> None:
+    kind, source, reason = REFUSED[name]
+    told = refusal(vocabulary, Grammar(kind, source))
+    assert told.startswith("Input validation error: grammar is not valid: ")
+    assert reason in told and "/etc" not in told and "localhost" not in told
+
+
+@pytest.mark.parametrize("schema", UNSUPPORTED, ids=json.dumps)
+def test_keywords_that_cannot_be_kept_are_refused(
+    vocabulary: Vocabulary, schema: dict[str, object]
+) -> None:
+    told = refusal(vocabulary, Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
+    assert re.search("Unimplemented keys|oneOf|Unknown format", told)
+
+
+def test_the_length_is_limited_in_bytes(vocabulary: Vocabulary) -> None:
+    told = refusal(vocabulary, Grammar(GrammarKind.REGEX, "é" * 51), max_bytes=100)
+    assert "102 bytes" in told and "100 (MAX_GRAMMAR_BYTES)" in told
+
+
+def test_a_slow_grammar_does_not_hold_up_the_event_loop_or_another_grammar(
+    vocabulary: Vocabulary,
+) -> None:
+    slow = Grammar(*EXPLOSIVE["huge common multiple"])
+
+    async def use(compiler: GuideCompiler) -> bool:
+        waiting = asyncio.create_task(compiler.compile(slow))
+        await asyncio.sleep(0)
+        await compiler.compile(INTEGER)  # needs its own process, thread and many turns of the loop
+        is_first = not waiting.done()
+        with pytest.raises(ValidationError):
+            await waiting
+        return is_first
+
+    assert with_compiler(vocabulary, use, timeout_s=3)
+
+
+def test_a_grammar_is_compiled_once(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    compile_grammar = guidance.compile_grammar
+
+    def counting(tokenizer: object, grammar: Grammar) -> object:
+        compiled.append(grammar.source)
+        return compile_grammar(tokenizer, grammar)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(guidance, "compile_grammar", counting)
+    monkeypatch.setattr(guidance, "MAX_KEPT", 2)
+    a, b, c = (Grammar(GrammarKind.REGEX, source) for source in "abc")
+
+    async def use(compiler: GuideCompiler) -> None:
+        for grammar in (a, b, a, a, c, a, b):  # c takes the place of b, which was not asked again
+            await compiler.compile(grammar)
+
+    with_compiler(vocabulary, use)
+    assert compiled == ["a", "b", "c", "b"]
+
+
+def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:
+    async def use(compiler: GuideCompiler) -> list[RouterError | None]:
+        await compiler.compile(INTEGER)
+        for trial in compiler._all_trials:
+            if trial._process is not None:
+                os.kill(trial._process.pid, signal.SIGKILL)
+                trial._process.wait()
+        outcomes: list[RouterError | None] = []
+        for _ in range(3):
+            try:
+                await compiler.compile(Grammar(GrammarKind.REGEX, "again"))
+                outcomes.append(None)
+            except RouterError as error:
+                outcomes.append(error)
+        return outcomes
+
+    outcomes = with_compiler(vocabulary, use)
+    assert isinstance(outcomes[0], OverloadedError | None) and outcomes[-1] is None
+
+
+def test_a_mask_covers_the_models_vocabulary(vocabulary: Vocabulary) -> None:
+    async def use(compiler: GuideCompiler) -> tuple[bytes, int]:
+        guide = await compiler.compile(Grammar(GrammarKind.REGEX, r"(?s).*"))
+        return guide.start().compute_bitmask(), guide.mask_bytes
+
+    mask, mask_bytes = with_compiler(vocabulary, use)
+    assert len(mask) == mask_bytes == 128
+    allowed = allowed_ids(mask)
+    tokenizer_size = len(json.loads(vocabulary.definition)["model"]["vocab"])
+    assert EOS in allowed and len(allowed) > 500
+    assert max(allowed) < tokenizer_size  # padding is never sampled
+    assert eos_of({5, 2, SIZE}, SIZE) == (2, 5)
+
+
+def test_every_end_of_text_token_may_end_an_answer(vocabulary: Vocabulary) -> None:
+    two = Vocabulary(vocabulary.definition, SIZE, (2, 5))
+
+    async def use(compiler: GuideCompiler) -> list[int]:
+        matcher = (await compiler.compile(Grammar(GrammarKind.REGEX, "a"))).start()
+        (start,) = allowed_ids(matcher.compute_bitmask())
+        assert matcher.consume_token(start)
+        return allowed_ids(matcher.compute_bitmask())
+
+    assert with_compiler(two, use) == [2, 5]
