@@ -55,7 +55,7 @@ proto: typed  ## regenerate the stubs from proto/shard.proto
 	  --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. tessera/proto/shard.proto
 
-test: setup  ## all tests that need no accelerator
+test: setup client-envs  ## all tests that need no accelerator
 	$(BIN)/python -m pytest -q
 
 client-envs: setup  ## install the older clients the tests run into build/client-envs

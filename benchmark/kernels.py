@@ -10,8 +10,6 @@ neighbours on the machine count less; otherwise they are wall time.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmark.results_file import provenance, write_json
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import Backend, CacheShape, StepLayout
 
@@ -218,12 +217,10 @@ def main() -> int:
             "backend": backend.name,
             "variant": getattr(backend, "variant", None),
             "device": str(backend.device),
-            "processor": platform.processor() or platform.machine(),
             "dtype": options.dtype,
             "threads": options.threads,
-            "torch": torch.__version__,
         }
-        options.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        write_json(options.out, {"about": about | provenance("torch"), "results": results})
     return 0
 
 

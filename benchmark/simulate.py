@@ -12,15 +12,12 @@ peers are models of the policies of text-generation-inference (`simulation/tgi.p
 
 import argparse
 import importlib.util
-import json
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmark.results_file import provenance, write_json
 from benchmark.simulation.scenarios import POLICIES, SCENARIOS, Scenario, changed, simulate
 from benchmark.simulation.table import README, console_table, with_ratios
 
@@ -42,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(console_table(name, result))
         print(f"({time.perf_counter() - started:.1f} s)\n")
     if asked.out:
-        asked.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(asked.out, report)
     if asked.readme:
         README.write_text(with_ratios(README.read_text(), report))
     if asked.plots:
@@ -72,26 +69,8 @@ def _run(
 
 
 def _about(asked: argparse.Namespace) -> Report:
-    command = ["python", "-m", "benchmark.simulate", *sys.argv[1:]]
-    return {
-        "note": "a simulation; `tgi` and `vllm` are models of policies, not measurements",
-        "command": shlex.join(command),
-        "seed": asked.seed,
-        "scale": asked.scale,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        told = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return told.stdout.strip()
+    note = "a simulation; `tgi` and `vllm` are models of policies, not measurements"
+    return {"note": note, "seed": asked.seed, "scale": asked.scale} | provenance()
 
 
 def _assignment(text: str) -> tuple[str, float]:

@@ -12,6 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 from tessera.launcher.errors import LaunchError
+from tessera.shard import settings as shard_settings
+
+BACKENDS = Path(shard_settings.__file__).parent / "backends"
+"""One file for each kind of device, named after it."""
 
 INTEL_VENDOR = "0x8086"
 COMMAND_TIMEOUT_S = 20  # nvidia-smi takes seconds when no persistence daemon runs
@@ -70,13 +74,16 @@ def find_devices(wanted: str, machine: Machine) -> Devices:
         wanted: "auto", or a kind with an index ("cuda:1") or without.
 
     Raises:
-        LaunchError: an accelerator was asked for by name and there is none.
+        LaunchError: an accelerator was asked for by name and there is none, or nothing can
+            compute on such a device.
     """
     cores = usable_cores(machine)
     kind, _, index = wanted.partition(":")
     if kind == "auto":
         return _first_usable(machine, cores)
     if kind not in ACCELERATORS:
+        if not (BACKENDS / f"{kind}.py").is_file():
+            raise LaunchError(f"DEVICE={wanted} is not known; use auto, cuda, xpu or cpu.")
         return Devices(kind, 1, cores)
     ids = ACCELERATORS[kind](machine)
     if not ids:

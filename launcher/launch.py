@@ -12,7 +12,7 @@ from pathlib import Path
 from tessera.launcher.devices import Devices, Machine, find_devices
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.http_socket import open_http_socket, url_of
-from tessera.launcher.model_folder import local_folder
+from tessera.launcher.model_folder import check_heads, local_folder
 from tessera.launcher.plan import (
     Place,
     ProcessSpec,
@@ -88,6 +88,7 @@ class Server:
         clear_stale_sockets(prefix, world_size)
         self._warn_about_machine(devices, world_size)
         model = self._model_folder()
+        check_heads(model, world_size)
         url = url_of(listener)
         self._start(model, devices, listener)
         self._wait_until_ready(prefix, world_size)

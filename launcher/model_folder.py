@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tessera.launcher.errors import LaunchError
+from tessera.proto.head_sharing import possible_ranks, shareable
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_NAME = "tessera-demo"
@@ -51,6 +53,32 @@ def check_model(folder: Path) -> Path:
             "checkpoint, or choose a repository that has them."
         )
     return folder
+
+
+def check_heads(folder: Path, world_size: int) -> None:
+    """Refuse a number of shards that cannot share the model's attention heads.
+
+    What the configuration leaves to the model's defaults is left to the shards.
+
+    Raises:
+        LaunchError: it cannot be; the message says which numbers can.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    num_heads = _count(text, "num_attention_heads")
+    num_kv_heads = _count(text, "num_key_value_heads")
+    if num_heads and num_kv_heads and not shareable(num_heads, num_kv_heads, world_size):
+        raise LaunchError(
+            f"{num_heads} attention heads and {num_kv_heads} key/value heads cannot be shared by "
+            f"{world_size} shards; NUM_SHARD can be {possible_ranks(num_heads, num_kv_heads)}."
+        )
+
+
+def _count(config: dict[str, Any], key: str) -> int:
+    """A number of the configuration; 0 where it is absent or none."""
+    value = config.get(key)
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _existing(text: str, setting: str) -> Path:

@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from llguidance import LLTokenizer
@@ -16,8 +18,11 @@ from tessera.router.guidance_trial import WALL_FACTOR, Trial, TrialLost
 NUM_COMPILERS = 2
 """Grammars compiled at once: one that takes its full time does not keep the others waiting."""
 
-MAX_KEPT, MAX_KEPT_BYTES = 256, 256 * 2**20
-MAX_REFUSED = 256
+MAX_KNOWN, MAX_KEPT_BYTES = 512, 256 * 2**20
+
+SLOW_S, MAX_USES = 0.05, 16
+"""Requests that follow one guide share its lexer, and the bound on what that may learn. So everyone
+gets a guide of their own, unless compiling takes longer than this; then so many share one."""
 
 
 class GuideCompiler:
@@ -39,7 +44,7 @@ class GuideCompiler:
             self._trials.put(trial)
         self._lock = threading.Lock()  # of what follows
         self._tokenizer: LLTokenizer | None = None
-        self._kept = _Kept()
+        self._known: OrderedDict[Grammar, _Passed | str] = OrderedDict()  # asked for last: last
 
     def close(self) -> None:
         """Stop threads and processes; who still waits is refused."""
@@ -61,9 +66,7 @@ class GuideCompiler:
                 "(MAX_GRAMMAR_BYTES)",
                 "grammar",
             )
-        found = self._find(grammar)
-        if found is None:
-            found = await self._compiled(grammar)
+        found = self._take(grammar) or await self._compiled(grammar)
         if isinstance(found, str):
             raise ValidationError(f"grammar is not valid: {found}", "grammar")
         return found
@@ -80,58 +83,73 @@ class GuideCompiler:
                 "Model is overloaded: too many grammars are being compiled. Retry later."
             ) from None
 
-    def _find(self, grammar: Grammar) -> Guide | str | None:
-        with self._lock:
-            return self._kept.find(grammar)
-
     def _compile(self, grammar: Grammar) -> Guide | str:
-        """The guide, or why there is none; in a thread."""
-        trial = self._trials.get()
-        found: Guide | str | None = self._find(grammar)  # somebody else may have been faster
+        """A guide, or why there is none; in a thread."""
+        if found := self._take(grammar):  # somebody else has been faster
+            return found
         try:
-            if found is None:
-                num_bytes = trial.check(grammar)
-                matcher = compile_grammar(self._load(), grammar)
-                found = Guide(matcher, self._vocabulary.mask_bytes, num_bytes)
+            num_bytes = self._try(grammar)
+            started = time.thread_time()
+            matcher = compile_grammar(self._load(), grammar)
+            guide = Guide(matcher, self._vocabulary.mask_bytes)
+            is_slow = time.thread_time() - started > SLOW_S
+            self._keep(grammar, _Passed(num_bytes, guide if is_slow else None))
+            return guide
         except GrammarError as error:
-            found = str(error)
+            self._keep(grammar, str(error))
+            return str(error)
+
+    def _try(self, grammar: Grammar) -> int:
+        """The bytes that compiling it takes, found out where it can do no harm."""
+        with self._lock:
+            known = self._known.get(grammar)
+        if isinstance(known, _Passed):
+            return known.num_bytes
+        trial = self._trials.get()
+        try:
+            return trial.check(grammar)
         finally:
             self._trials.put(trial)
-        with self._lock:
-            self._kept.add(grammar, found)
-        return found
 
     def _load(self) -> LLTokenizer:
         with self._lock:
             self._tokenizer = self._tokenizer or self._vocabulary.load()
             return self._tokenizer
 
+    def _take(self, grammar: Grammar) -> Guide | str | None:
+        """What need not be compiled: a guide that is not used up, or a refusal."""
+        with self._lock:
+            known = self._known.get(grammar)
+            if known is None:
+                return None
+            self._known.move_to_end(grammar)
+            return known if isinstance(known, str) else known.take()
 
-class _Kept:
-    """Guides, and refusals, of the grammars asked for last."""
+    def _keep(self, grammar: Grammar, found: "_Passed | str") -> None:
+        """Remember it, and forget what was asked for longest ago."""
+        with self._lock:
+            self._known[grammar] = found
+            self._known.move_to_end(grammar)
+            while len(self._known) > MAX_KNOWN or self._num_kept_bytes > MAX_KEPT_BYTES:
+                self._known.popitem(last=False)
 
-    def __init__(self) -> None:
-        self._guides: OrderedDict[Grammar, Guide] = OrderedDict()
-        self._refusals: OrderedDict[Grammar, str] = OrderedDict()
-        self._num_bytes = 0
+    @property
+    def _num_kept_bytes(self) -> int:
+        guides = (known for known in self._known.values() if isinstance(known, _Passed))
+        return sum(known.num_bytes for known in guides if known.guide is not None)
 
-    def find(self, grammar: Grammar) -> Guide | str | None:
-        """What is known of a grammar, None if nothing is."""
-        for entries in (self._guides, self._refusals):
-            if grammar in entries:
-                entries.move_to_end(grammar)
-        return self._guides.get(grammar) or self._refusals.get(grammar)
 
-    def add(self, grammar: Grammar, found: Guide | str) -> None:
-        """Keep it, and forget what was asked for longest ago."""
-        if self.find(grammar) is not None:
-            return
-        if isinstance(found, str):
-            self._refusals[grammar] = found
-            if len(self._refusals) > MAX_REFUSED:
-                self._refusals.popitem(last=False)
-            return
-        self._guides[grammar] = found
-        self._num_bytes += found.num_bytes
-        while len(self._guides) > MAX_KEPT or self._num_bytes > MAX_KEPT_BYTES:
-            self._num_bytes -= self._guides.popitem(last=False)[1].num_bytes
+@dataclass(eq=False, slots=True)
+class _Passed:
+    """A grammar that can be compiled."""
+
+    num_bytes: int
+    guide: Guide | None  # kept where it took long
+    num_uses: int = 1
+
+    def take(self) -> Guide | None:
+        """The guide, unless enough requests have followed it."""
+        if self.num_uses >= MAX_USES:
+            self.guide = None
+        self.num_uses += 1
+        return self.guide

@@ -63,14 +63,13 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Guide:
-    """A compiled grammar that any number of requests can follow."""
+    """A compiled grammar that several requests can follow."""
 
     _matcher: LLMatcher  # stands before the first token, and always will
     mask_bytes: int  # of one mask: a bit per token id of the model, in whole 32-bit words
-    num_bytes: int = 0  # of memory that compiling it took
 
     def start(self) -> LLMatcher:
-        """A matcher of one's own."""
+        """A matcher of one's own; the tables its lexer builds are shared."""
         return self._matcher.deep_copy()
 
 
@@ -94,8 +93,8 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 
 def _limits() -> LLParserLimits:
-    """Of one mask: some 20 ms; of one request: some 40 MB of lexer states."""
-    return LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+    """Of one mask: some 20 ms; of one guide: some 40 MB of lexer states."""
+    return LLParserLimits(max_lexer_states=40_000, verbose_errors=False)
 
 
 def _definition(grammar: Grammar) -> str:

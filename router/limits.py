@@ -121,3 +121,18 @@ def serving_limits(
         dtype=info.dtype,
         device=info.device,
     )
+
+
+def cache_shortfall(settings: RouterSettings, limits: ServingLimits, block_size: int) -> str:
+    """One sentence where the cache is smaller than MAX_BATCH_TOTAL_TOKENS asks for, else empty.
+
+    Rounding down to whole blocks is no shortfall.
+    """
+    asked = settings.max_batch_total_tokens
+    if asked is None or limits.max_batch_total_tokens > asked - block_size:
+        return ""
+    return (
+        f"MAX_BATCH_TOTAL_TOKENS={asked} does not fit in memory: the cache holds "
+        f"{limits.max_batch_total_tokens} tokens. Lower it, MAX_BATCH_PREFILL_TOKENS or "
+        "MAX_BATCH_SIZE, use more shards, or let the server have more of the device's memory."
+    )

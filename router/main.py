@@ -21,7 +21,7 @@ from tessera.router.blocks import BlockPool
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.core import Core
 from tessera.router.http_protocol import GuardedHttp
-from tessera.router.limits import scheduler_limits, serving_limits, warmup_request
+from tessera.router.limits import cache_shortfall, scheduler_limits, serving_limits, warmup_request
 from tessera.router.metrics import Metrics
 from tessera.router.model_files import ModelFiles, ModelFilesError
 from tessera.router.settings import RouterSettings
@@ -125,6 +125,8 @@ async def _run_model(
         limits.max_total_tokens,
         limits.max_batch_size,
     )
+    if shortfall := cache_shortfall(settings, limits, info.block_size):
+        logger.warning("%s", shortfall)
     _report_ready(settings.ready_fd)
     await run_watched(core, shards)
 

@@ -80,5 +80,6 @@ def _native(template: str) -> ToolFormat | None:
         is_json = '"name"' in text and '"arguments"' in text and "<function=" not in text
         return TAGGED if is_json else None
     if "[TOOL_CALLS]" in text:
-        return None if "[ARGS]" in text else LISTED
+        opening = "[" if "[TOOL_CALLS][" in text else LISTED.opening
+        return None if "[ARGS]" in text else replace(LISTED, opening=opening)
     return BARE if '{"name": ' in text and '"parameters": ' in text else None

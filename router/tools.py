@@ -11,7 +11,7 @@ from tessera.router.schemas import ChatBody, NamedTool, ToolSpec
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}\Z")
-_MODES = frozenset({"auto", "required"})
+_MODES = (None, "auto", "required")  # of `tool_choice`: all tools may be called
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +54,19 @@ def read_tools(body: ChatBody) -> ToolUse | None:
     """
     tools = _read_all(body.tools or [])
     choice = body.tool_choice
-    if isinstance(choice, NamedTool):
-        choice = choice.function.name
     if choice == "none":
         return None
-    required = choice not in (None, "auto")
-    if not tools and choice == "required":
+    if choice == "required" and not tools:
         raise ToolError("`tool_choice` needs `tools`.", "tool_choice")
-    callable_ = tools if choice in _MODES or choice is None else _named(tools, choice)
+    callable_ = tools if choice in _MODES else _named(tools, _name(choice))
     if not tools:
         return None
     return ToolUse(
-        tools, callable_, required, body.parallel_tool_calls is not False, body.tool_prompt or None
+        tools=tools,
+        callable=callable_,
+        required=choice not in (None, "auto"),
+        parallel=body.parallel_tool_calls is not False,
+        prompt=body.tool_prompt or None,
     )
 
 
@@ -93,6 +94,10 @@ def _read(spec: ToolSpec, place: str) -> Tool:
     if parameters.get("type", "object") != "object":
         raise ToolError(f'`{place}.function.parameters.type` must be "object".', "tools")
     return Tool(function.name, parameters, function.description, bool(function.strict))
+
+
+def _name(choice: str | NamedTool | None) -> str:
+    return choice.function.name if isinstance(choice, NamedTool) else choice or ""
 
 
 def _named(tools: Sequence[Tool], name: str) -> tuple[Tool, ...]:

@@ -28,7 +28,10 @@ class Heard:
 class Api(Protocol):
     """One kind of streaming route."""
 
-    path: str
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        ...
 
     def body(
         self, system: str, past: Sequence[Exchange], turn: Turn, max_tokens: int

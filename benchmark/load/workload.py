@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-WORDS = (
-    "a red circle lies above the blue square and below it is one green triangle that looks small "
-    "what do you see how many are there where is it which colour has the largest shape tell me more"
-).split()
+SAID = (
+    "a red circle lies above the blue square and below it is one green triangle that looks small",
+    "what do you see how many are there where is it which colour has the largest shape",
+)
+WORDS = [word for sentence in SAID for word in sentence.split()]
 DATA_URL = "data:image/png;base64,"
 
 
@@ -45,7 +46,9 @@ class Workload:
 
     def conversations(self, seed: int, count: int) -> list[Conversation]:
         """The same ones for the same seed; the first of a longer list are those of a shorter."""
-        beginnings = [_words(Random(f"{seed}/{n}"), self.shared_words) for n in range(self.num_shared)]
+        beginnings = [
+            _words(Random(f"{seed}/{n}"), self.shared_words) for n in range(self.num_shared)
+        ]
         return [
             self._conversation(Random(f"{seed}:{n}"), beginnings[n % self.num_shared])
             for n in range(count)

@@ -58,15 +58,14 @@ def drain(port: int, requests: Sequence[bytes]) -> Drained:
             if not ready:
                 raise TimeoutError("the server has fallen silent")
             for key, _ in ready:
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
-                count = connection.recv_into(buffer)
+                assert isinstance(key.fileobj, socket.socket)
+                count = key.fileobj.recv_into(buffer)
+                if not count or (buffer.startswith(b"HTTP/") and buffer[9:12] != b"200"):
+                    raise ConnectionError(buffer[: min(count, 300)].decode("ascii", "replace"))
                 data = memoryview(buffer)[:count]
-                if not count or (data[:5] == b"HTTP/" and data[9:12] != b"200"):
-                    raise ConnectionError(bytes(data[:300]).decode("ascii", "replace"))
                 if key.data.take(data, drained):
-                    selector.unregister(connection)
-                    connection.close()
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
     return drained
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tessera.proto.head_sharing import possible_ranks, shareable
 from tessera.shard.backends.base import Backend, LayerCache, StepLayout
 from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.base import Layer, Span
@@ -40,21 +41,15 @@ def share_heads(num_heads: int, num_kv_heads: int, group: Group) -> HeadShare:
         CheckpointError: this number of ranks cannot share the heads.
     """
     rank, world_size = group.rank, group.world_size
-    if not _shareable(num_heads, num_kv_heads, world_size):
-        choices = (n for n in range(1, num_heads + 1) if _shareable(num_heads, num_kv_heads, n))
+    if not shareable(num_heads, num_kv_heads, world_size):
         raise CheckpointError(
             f"{num_heads} attention heads and {num_kv_heads} key/value heads cannot be shared by "
-            f"{world_size} ranks; NUM_SHARD can be {', '.join(map(str, choices))}"
+            f"{world_size} ranks; NUM_SHARD can be {possible_ranks(num_heads, num_kv_heads)}"
         )
     heads = num_heads // world_size
     kv_heads = max(num_kv_heads // world_size, 1)
     first_kv = rank * num_kv_heads // world_size
     return HeadShare((rank * heads, (rank + 1) * heads), (first_kv, first_kv + kv_heads))
-
-
-def _shareable(num_heads: int, num_kv_heads: int, world_size: int) -> bool:
-    kv_works = num_kv_heads % world_size == 0 or world_size % num_kv_heads == 0
-    return num_heads % world_size == 0 and kv_works
 
 
 class CausalSelfAttention(Layer):

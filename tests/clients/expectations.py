@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+CAPTION = "What is shown in this image?"
 CAPTION_WORDS = {"red", "circle", "blue", "star", "green", "triangle", "white", "background"}
 GREETING = "Hello! Send me an image and ask about it."
 STAR = {"red", "green", "blue"}

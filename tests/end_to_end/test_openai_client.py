@@ -143,6 +143,23 @@ def test_logit_bias_forbids_and_forces(client: openai.OpenAI) -> None:
     assert first_token(logit_bias={favoured: 100}) != usual
 
 
+def test_an_answer_has_the_form_asked_for(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="demo",
+        messages=question("How many shapes are there?"),
+        max_tokens=40,
+        temperature=0,
+        extra_body={"structured_outputs": {"choice": ["many", "few"]}},
+    )
+    assert reply.choices[0].message.content in ("many", "few")
+    with pytest.raises(openai.UnprocessableEntityError, match="response_format"):
+        client.chat.completions.create(
+            model="demo",
+            messages=question("How many?"),
+            response_format={"type": "yaml"},  # type: ignore[arg-type]
+        )
+
+
 def test_a_final_message_is_continued(client: openai.OpenAI) -> None:
     messages = [*question("How many shapes are there?"), {"role": "assistant", "content": "There"}]
 

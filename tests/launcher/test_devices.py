@@ -112,9 +112,18 @@ def test_intel_gpus_by_their_tool_their_mask_or_the_kernel(tmp_path: Path) -> No
     assert find_devices("xpu", masked).count == 1
 
 
-def test_other_kinds_are_left_to_the_shard(tmp_path: Path) -> None:
-    assert find_devices("cpu", machine(tmp_path)).kind == "cpu"
-    assert find_devices("tpu", machine(tmp_path)) == Devices("tpu", 1, 2)
+@pytest.mark.parametrize("wanted", ["tpu", "tpu:0", "", "../cpu"])
+def test_a_device_nothing_computes_on(tmp_path: Path, wanted: str) -> None:
+    with pytest.raises(LaunchError, match="is not known; use auto, cuda, xpu or cpu"):
+        find_devices(wanted, machine(tmp_path))
+
+
+def test_a_device_that_was_added_is_left_to_the_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tessera.launcher.devices.BACKENDS", tmp_path)
+    write(tmp_path / "npu.py", "")
+    assert find_devices("npu", machine(tmp_path)) == Devices("npu", 1, 2)
 
 
 def test_hyperthreads_share_a_core(tmp_path: Path) -> None:

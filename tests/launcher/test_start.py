@@ -1,6 +1,7 @@
 """What is settled before any process starts: the port, the private folder, the model's files."""
 
 import fcntl
+import json
 import os
 import socket
 import stat
@@ -10,7 +11,7 @@ import pytest
 
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.http_socket import open_http_socket, url_of
-from tessera.launcher.model_folder import local_folder
+from tessera.launcher.model_folder import check_heads, local_folder
 from tessera.launcher.run_folder import clear_stale_sockets, run_folder
 from tessera.launcher.shared_memory import check_shared_memory, shared_memory_bytes
 
@@ -127,6 +128,36 @@ def test_a_damaged_configuration(model_folder: Path, text: str) -> None:
     (model_folder / "config.json").write_text(text)
     with pytest.raises(LaunchError, match="cannot be read as JSON"):
         local_folder(str(model_folder))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "world_size", "possible"),
+    [
+        (6, 2, 3, "1, 2, 6"),
+        (6, 2, 4, "1, 2, 6"),
+        (32, 8, 64, "1, 2, 4, 8, 16, 32"),
+        (32, 8, 16, None),
+        (6, 2, 1, None),
+        (None, 2, 7, None),  # a default of the model's, which the shards know
+    ],
+)
+def test_heads_that_the_shards_cannot_share(
+    model_folder: Path,
+    nested: bool,
+    heads: int | None,
+    kv_heads: int,
+    world_size: int,
+    possible: str | None,
+) -> None:
+    text = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = {"text_config": text, "num_attention_heads": 5} if nested else text
+    (model_folder / "config.json").write_text(json.dumps(config))
+    if possible is None:
+        check_heads(model_folder, world_size)
+        return
+    with pytest.raises(LaunchError, match=f"{world_size} shards; NUM_SHARD can be {possible}\\."):
+        check_heads(model_folder, world_size)
 
 
 def test_pickled_weights_are_not_taken(model_folder: Path) -> None:

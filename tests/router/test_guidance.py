@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 from collections.abc import Awaitable, Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from llguidance import LLMatcher, LLParserLimits
 
-from tessera.router import guidance
+from tessera.router import guidance, guidance_compile
 from tessera.router.errors import OverloadedError, RouterError, ValidationError
 from tessera.router.grammar import Grammar, GrammarKind
 from tessera.router.guidance import GuideCompiler
@@ -169,9 +171,9 @@ def test_a_slow_grammar_does_not_hold_up_the_event_loop_or_another_grammar(
     assert with_compiler(vocabulary, use, timeout_s=3)
 
 
-def test_a_grammar_is_compiled_once(
-    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is compiled in the router, and with a "?" what is tried before."""
     compiled: list[str] = []
     compile_grammar = guidance.compile_grammar
 
@@ -179,16 +181,76 @@ def test_a_grammar_is_compiled_once(
         compiled.append(grammar.source)
         return compile_grammar(tokenizer, grammar)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(guidance, "compile_grammar", counting)
-    monkeypatch.setattr(guidance, "MAX_KEPT", 2)
-    a, b, c = (Grammar(GrammarKind.REGEX, source) for source in "abc")
+    check = guidance.Trial.check
 
+    def counting_check(self: guidance.Trial, grammar: Grammar) -> int:
+        compiled.append(grammar.source + "?")
+        return check(self, grammar)
+
+    monkeypatch.setattr(guidance, "compile_grammar", counting)
+    monkeypatch.setattr(guidance.Trial, "check", counting_check)
+    return compiled
+
+
+def compile_all(vocabulary: Vocabulary, *sources: str) -> None:
     async def use(compiler: GuideCompiler) -> None:
-        for grammar in (a, b, a, a, c, a, b):  # c takes the place of b, which was not asked again
-            await compiler.compile(grammar)
+        for source in sources:
+            await compiler.compile(Grammar(GrammarKind.REGEX, source))
 
     with_compiler(vocabulary, use)
-    assert compiled == ["a", "b", "c", "b"]
+
+
+def test_a_grammar_is_tried_once(
+    vocabulary: Vocabulary, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidance, "MAX_KNOWN", 2)
+    monkeypatch.setattr(guidance, "SLOW_S", 60.0)
+    compile_all(vocabulary, *"abaacab")  # c takes the place of b, which was not asked for again
+    assert compiled == ["a?", "a", "b?", "b", "a", "a", "c?", "c", "a", "b?", "b"]
+
+
+def test_what_takes_long_to_compile_is_shared_by_some(
+    vocabulary: Vocabulary, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidance, "SLOW_S", -1.0)
+    monkeypatch.setattr(guidance, "MAX_USES", 3)
+    compile_all(vocabulary, *"aaaaaaa")
+    assert compiled == ["a?", "a", "a", "a"]
+
+
+def test_memory_bounds_what_is_kept(
+    vocabulary: Vocabulary, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidance, "SLOW_S", -1.0)
+    monkeypatch.setattr(guidance, "MAX_KEPT_BYTES", 1)
+    compile_all(vocabulary, *"aa")
+    assert compiled == ["a?", "a"] * 2
+
+
+def test_a_request_that_exhausts_its_lexer_leaves_the_next_one_its_own(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = LLParserLimits(max_lexer_states=2000, verbose_errors=False)
+    monkeypatch.setattr(guidance_compile, "_limits", lambda: limits)
+    monkeypatch.setattr(guidance, "SLOW_S", 60.0)
+    many_states = Grammar(GrammarKind.REGEX, "(.*a.{30}|.*b.{40}|.*c.{50})")
+
+    async def use(compiler: GuideCompiler) -> list[int]:
+        return [num_steps((await compiler.compile(many_states)).start()) for _ in range(2)]
+
+    first, second = with_compiler(vocabulary, use)
+    assert 1 < first == second < 400
+
+
+def num_steps(matcher: LLMatcher) -> int:
+    """Tokens, chosen by chance, until the matcher gives up."""
+    chance = random.Random(0)
+    for step in range(400):
+        allowed = allowed_ids(matcher.compute_bitmask())
+        if matcher.is_error():
+            return step
+        matcher.consume_token(chance.choice([i for i in allowed if i != EOS]))
+    return 400
 
 
 def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:

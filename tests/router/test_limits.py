@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tessera.proto.env import SettingsError
-from tessera.router.limits import batch_size, scheduler_limits, serving_limits, warmup_request
+from tessera.router.limits import (
+    batch_size,
+    cache_shortfall,
+    scheduler_limits,
+    serving_limits,
+    warmup_request,
+)
 from tessera.router.model_files import ModelFiles
 from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardsInfo
@@ -88,3 +94,18 @@ def test_a_processor_encodes_fewer_pictures_at_once(
     settings = RouterSettings(max_step_tiles=asked)
     assert warmup_request(settings, info, files).max_step_tiles == expected
     assert scheduler_limits(settings, info).max_step_tiles == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "short"), [(None, False), (160, False), (175, False), (176, True)]
+)
+def test_a_cache_smaller_than_asked_for_is_told(
+    files: ModelFiles, asked: int | None, short: bool
+) -> None:
+    settings = RouterSettings(max_batch_total_tokens=asked)
+    limits = serving_limits(settings, INFO, files, num_blocks=10)  # of 16 tokens
+    said = cache_shortfall(settings, limits, INFO.block_size)
+    assert bool(said) == short
+    if short:
+        assert said.startswith("MAX_BATCH_TOTAL_TOKENS=176 does not fit in memory: the cache holds")
+        assert "160 tokens" in said

@@ -47,7 +47,7 @@ def test_invocations_stream(vision_app: App, body: dict[str, Any]) -> None:
         ({"inputs": None, "max_tokens": 3}, "the body needs `inputs`, `messages` or `prompt`"),
         ({"inputs": 3}, "`inputs` must be a string"),
         ({"messages": []}, "`messages` must not be empty"),
-        ({"prompt": "Hello", "suffix": "x"}, "`suffix` is not supported"),
+        ({"prompt": "Hello", "max_tokens": "x"}, "`max_tokens` must be a whole number"),
     ],
 )
 def test_invocations_refuse_what_is_none_of_them(

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 from huggingface_hub import InferenceClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from tessera.router.request import FinishReason
@@ -169,3 +171,33 @@ def test_huggingface_client(vision_app: App, stream: bool) -> None:
             assert call.function.name == "get_weather"
             arguments = call.function.arguments
     assert json.loads(arguments) == json.loads(ULM)
+
+
+names = st.sampled_from(["a", "ü", "", '"', "\n", "</tool_call>", "%json", "x-guidance", "$ref"])
+leaves = st.none() | st.booleans() | st.integers(-2, 2) | names | st.sampled_from(["#", "object"])
+keywords = st.sampled_from(
+    ["type", "properties", "required", "enum", "const", "anyOf", "$ref", "pattern", "x-guidance"]
+)
+schemas = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keywords | names, inner),
+    max_leaves=8,
+)
+
+
+def test_any_schema_is_enforced_or_refused(vision_app: App) -> None:
+    generator = says("x")
+    app = vision_app(generator)
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.dictionaries(keywords, schemas, max_size=4), st.booleans())
+    def check(parameters: Any, strict: bool) -> None:
+        function = {"name": "f", "parameters": parameters, "strict": strict}
+        reply = post(app, CHAT, body(tools=[{"function": function}]))
+        assert reply.status_code in (200, 422), (parameters, reply.text)
+        if reply.status_code == 422:
+            assert reply.json()["error"]["code"] == "tool_error"
+            assert len(reply.content) < 2000
+        assert generator.all_closed
+
+    check()

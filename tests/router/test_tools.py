@@ -33,6 +33,12 @@ def test_choices(choice: Any, required: bool, names: int) -> None:
     assert use.parallel
 
 
+def test_a_function_may_have_the_name_of_a_mode() -> None:
+    for name in ("none", "auto", "required"):
+        use = read(tools=[*TOOLS, tool(name=name)], tool_choice={"function": {"name": name}})
+        assert use is not None and (use.names, use.required) == ((name,), True)
+
+
 def test_nothing_to_call() -> None:
     assert read() is None
     assert read(tools=[], tool_choice="auto") is None
@@ -111,6 +117,7 @@ def test_formats_are_told_from_templates() -> None:
     assert found(PLAIN) == found(None) == EXPLAINED
     assert found("<tool_call><function=NAME></tool_call>") == EXPLAINED
     assert found("[TOOL_CALLS]name[ARGS]{}") == EXPLAINED
+    assert found("{{ '[TOOL_CALLS][' }}").opening == "["
 
 
 def test_special_tokens_are_known() -> None:

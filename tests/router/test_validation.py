@@ -11,8 +11,8 @@ from PIL import Image
 
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import NotReadyError, TemplateError, ValidationError
-from tessera.router.request import PreparedImage, Request
 from tessera.router.native_bodies import GenerateBody
+from tessera.router.request import PreparedImage, Request
 from tessera.router.schemas import ChatBody, CompletionBody
 from tessera.router.validation import Plan, Validator
 
@@ -85,7 +85,7 @@ def image_part() -> dict[str, Any]:
         ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
         ({"truncate": 0}, "`truncate` must be strictly positive and less than 480. Given: 0"),
         ({"truncate": 481}, "`truncate` must be strictly positive and less than 480. Given: 481"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "guided generation is not available"),
+        ({"grammar": {"type": "regex", "value": {}}}, "`value` must be a regular expression"),
         ({"adapter_id": "x"}, "no adapters are loaded"),
         ({"watermark": True}, "`watermark` is not supported"),
         (
@@ -244,7 +244,7 @@ def test_openai_parameters_arrive(make_validator: MakeValidator) -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias", "values must be"),
         ({"tools": [{"function": {"name": "a b"}}]}, "tools", "must have 1 to 64 characters"),
         ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "guided generation"),
+        ({"response_format": {"type": "xml"}}, "response_format", "must be text, json_object"),
     ],
 )
 def test_openai_rules_name_the_parameter(
@@ -265,9 +265,9 @@ def test_harmless_wishes_are_granted(make_validator: MakeValidator) -> None:
 def test_completion_rules(make_validator: MakeValidator) -> None:
     validator = make_validator("llama")
     for body, message in [
-        (completion(suffix="x"), "`suffix` is not supported"),
+        (completion(suffix="x"), "Suffix is not supported"),
         (completion(best_of=2), "`best_of` above `n`"),
-        (completion(echo=True, logprobs=1), "`echo` together with `logprobs`"),
+        (completion(max_tokens=0), "`max_tokens` must be strictly positive"),
         (completion(["a"] * 5), "maximum allowed batch size of 4"),
         (completion([999_999]), "token ids below"),
         (completion([5] * 481), "`inputs` must have less than 480 tokens. Given: 481"),
