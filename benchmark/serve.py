@@ -12,6 +12,7 @@ request when it has its answer. Needs `pip install -e '.[bench]'`.
 
 import argparse
 import asyncio
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -63,12 +64,14 @@ async def _sweep(asked: argparse.Namespace) -> Sweep:
 
 async def _run(asked: argparse.Namespace, per_s: float | None) -> Summary:
     """One run at one rate, or with a fixed concurrency."""
-    conversations = _workload(asked).conversations(asked.seed, asked.requests)
+    # A rate that is too high shows only once a queue has had the time to grow.
+    count = max(asked.requests, math.ceil((per_s or 0) * asked.least_seconds))
+    conversations = _workload(asked).conversations(asked.seed, count)
     name = f"{per_s:.2f} conversations/s" if per_s else f"{asked.concurrency} at once"
     headers = {"authorization": f"Bearer {asked.api_key}"} if asked.api_key else {}
     timeout = aiohttp.ClientTimeout(total=asked.timeout)
     connector = aiohttp.TCPConnector(limit=0)  # the load is limited here and nowhere else
-    with Live(asked.requests * asked.turns, name) as live:
+    with Live(count * asked.turns, name) as live:
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers
         ) as session:
@@ -115,7 +118,7 @@ def _about(asked: argparse.Namespace) -> Report:
         about["command"] = about["command"].replace(asked.api_key, "KEY")
     loop = "open" if asked.rate else "closed"
     objective = asdict(_objective(asked)) | {"least_share": asked.slo_share}
-    workload = asdict(_workload(asked)) | {"conversations": asked.requests, "seed": asked.seed}
+    workload = asdict(_workload(asked)) | {"seed": asked.seed}
     return about | {"api": asked.api, "loop": loop, "workload": workload, "objective": objective}
 
 
@@ -174,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     either = pace.add_mutually_exclusive_group()
     either.add_argument("--rate", type=_positive, help="conversations begun per second; default 1")
     either.add_argument("--concurrency", type=_count, help="conversations at once")
+    pace.add_argument(
+        "--least-seconds", type=float, default=0.0, help="more requests if they come in less"
+    )
     pace.add_argument("--slo-ttft-ms", type=_positive, help="a good request's first token")
     pace.add_argument("--slo-itl-ms", type=_positive, help="its mean time between tokens")
     pace.add_argument("--slo-share", type=_share, default=0.95, help="of requests, for --sweep")

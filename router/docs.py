@@ -12,7 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tessera.router.event_stream import to_json
-from tessera.router.openapi import HTML, JSON, openapi_document
+from tessera.router.openapi import openapi_document
+from tessera.router.operations import HTML, JSON
 
 PAGE = "/docs"
 DOCUMENTS = ("/openapi.json", "/api-doc/openapi.json")

@@ -65,6 +65,13 @@ class GenerateReply(TypedDict):
     warnings: NotRequired[list[str]]
 
 
+class PictureAnswer(TypedDict):
+    """The answer to a question about a picture; `score` is its probability."""
+
+    answer: str
+    score: float | None
+
+
 class StreamDetails(TypedDict):
     """How a streamed answer came about."""
 

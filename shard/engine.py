@@ -11,21 +11,20 @@ from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
-from tessera.shard.batch import Batch, BatchBuilder, PromptSpan, slice_layout
+from tessera.shard.batch import Batch, BatchBuilder, slice_layout
 from tessera.shard.errors import DeviceError, GroupLost
 from tessera.shard.models.base import ImageTiles, Model, Placement
+from tessera.shard.prompt_scores import score_prompt
 from tessera.shard.resilience import in_halves, one_by_one
-from tessera.shard.sampler import Sampled, SampleRow, sample
+from tessera.shard.sampler import Sampled
 from tessera.shard.sequence import SequenceState
+from tessera.shard.token_choice import choose_tokens, report_token
 from tessera.shard.token_masks import TokenMaskBox
 from tessera.shard.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-PROMPT_LOGPROB_ROWS = 256
-"""Prompt positions scored at once; bounds the [rows, vocabulary] logits a long prompt needs."""
 
 
 class Engine:
@@ -104,7 +103,7 @@ class Engine:
         failures: dict[int, str] = {}
         hidden_TD = self._hidden_states(batch, failures)
         for span in batch.prompt_spans:
-            self._score_prompt(hidden_TD, batch.ids_T, span, reply)
+            score_prompt(self.model, self.placement.group, hidden_TD, batch.ids_T, span, reply)
         logits_RV = None
         if batch.sample_rows:
             rows_R = torch.tensor(batch.sample_rows, device=hidden_TD.device)
@@ -202,17 +201,15 @@ class Engine:
         ids_R = torch.zeros(len(sequences), dtype=torch.int64, device=self.placement.backend.device)
         sampled: list[Sampled] = []
         if logits_RV is not None:
-            logits_RV = _fail_non_finite(logits_RV, sequences, failures)
             masks = self._masks_of(reply.step_id, sequences, failures)
-            rows = [_sample_row(s, masks.get(s.sequence_id, b"")) for s in sequences]
-            sampled = _choose(logits_RV, rows, sequences, failures)
+            sampled = choose_tokens(logits_RV, masks, sequences, failures)
             ids_R.copy_(torch.tensor([token.token_id for token in sampled]))
         token_ids = self.placement.group.broadcast(ids_R).tolist()
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             sequence.token_ids.append(token_id)
         for sequence, token in zip(sequences, sampled, strict=False):
             if sequence.sequence_id not in failures:
-                _report(reply, sequence.sequence_id, token)
+                report_token(reply, sequence.sequence_id, token)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor | None:
         """float32 [R, V] on rank 0, None on the others."""
@@ -238,47 +235,6 @@ class Engine:
                 failures.setdefault(sequence_id, "the router did not say which tokens may follow")
         return masks
 
-    def _score_prompt(
-        self, hidden_TD: Tensor, ids_T: Tensor, span: PromptSpan, reply: shard_pb2.StepReply
-    ) -> None:
-        """Logprobs of a chunk's tokens, each given those before it; a collective on all ranks."""
-
-        def score(first: int, last: int) -> list[float]:
-            rows = slice(span.first_row + first, span.first_row + last)
-            before_V = span.sequence.carried_logits_V
-            logprobs, carried_V = self._together(
-                "logits", last - first, lambda: self._scores(hidden_TD[rows], ids_T[rows], before_V)
-            )
-            span.sequence.carried_logits_V = carried_V
-            return logprobs
-
-        logprobs: list[float] = []
-        for first in range(0, span.length, PROMPT_LOGPROB_ROWS):
-            last = min(first + PROMPT_LOGPROB_ROWS, span.length)
-            logprobs += chain.from_iterable(in_halves(score, first, last))
-        if self.placement.group.rank == 0:
-            reply.prompt_logprobs.add(
-                sequence_id=span.sequence.sequence_id,
-                first_position=span.first_position + span.length - len(logprobs),
-                logprobs=logprobs,
-            )
-
-    def _scores(
-        self, hidden_RD: Tensor, ids_R: Tensor, before_V: Tensor | None
-    ) -> tuple[list[float], Tensor | None]:
-        """The rows' logprobs, and the logits that score the row after them; rank 0 alone has any.
-
-        Args:
-            before_V: logits of the row before them; None at the start, whose token has no logprob.
-        """
-        logits_RV = self.model.logits(hidden_RD)
-        if logits_RV is None:
-            return [], None
-        before = [before_V[None]] if before_V is not None else []
-        scores_RV = torch.cat([*before, logits_RV[:-1]]).log_softmax(dim=-1)
-        targets_R = ids_R[ids_R.shape[0] - scores_RV.shape[0] :]
-        return scores_RV.gather(1, targets_R[:, None])[:, 0].tolist(), logits_RV[-1]
-
     def _together(self, kind: str, num_items: int, work: Callable[[], T]) -> T:
         return self.placement.group.together(kind, num_items, work)
 
@@ -292,60 +248,3 @@ def _tiles(image: shard_pb2.Image) -> ImageTiles:
     flat = torch.frombuffer(bytearray(image.tiles), dtype=torch.uint8)
     tiles = flat.view(image.num_tiles, side, side, 3)
     return ImageTiles(tiles, image.height, image.width, (image.grid_rows, image.grid_columns))
-
-
-def _choose(
-    logits_RV: Tensor,
-    rows: Sequence[SampleRow],
-    sequences: Sequence[SequenceState],
-    failures: dict[int, str],
-) -> list[Sampled]:
-    """A token for each sequence; those for which none can be chosen fail alone."""
-
-    def choose(first: int, last: int) -> list[Sampled]:
-        return sample(logits_RV[first:last], rows[first:last])
-
-    try:
-        return list(chain.from_iterable(in_halves(choose, 0, len(rows))))
-    except Exception:
-        logger.exception("sampling failed; choosing for the sequences one by one")
-    chosen: list[Sampled] = []
-    one_each = one_by_one(lambda n: choose(n, n + 1)[0], range(len(rows)))
-    for sequence, token in zip(sequences, one_each, strict=True):
-        if isinstance(token, str):
-            failures[sequence.sequence_id] = token
-            token = Sampled(token_id=0, logprob=0.0, top_tokens=())
-        chosen.append(token)
-    return chosen
-
-
-def _fail_non_finite(
-    logits_RV: Tensor, sequences: Sequence[SequenceState], failures: dict[int, str]
-) -> Tensor:
-    """Record rows with NaN or infinite logits and neutralise them, so that sampling goes on."""
-    finite_R = logits_RV.isfinite().all(dim=-1)
-    if bool(finite_R.all()):
-        return logits_RV
-    for sequence, finite in zip(sequences, finite_R.tolist(), strict=True):
-        if not finite:
-            failures.setdefault(
-                sequence.sequence_id, "the model's output is not finite (NaN or infinity)"
-            )
-    return logits_RV.masked_fill(~finite_R[:, None], 0.0)
-
-
-def _sample_row(sequence: SequenceState, mask: bytes) -> SampleRow:
-    return SampleRow(
-        params=sequence.sampling,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        mask=mask,
-    )
-
-
-def _report(reply: shard_pb2.StepReply, sequence_id: int, token: Sampled) -> None:
-    entry = reply.tokens.add(
-        sequence_id=sequence_id, token_id=token.token_id, logprob=token.logprob
-    )
-    for token_id, logprob in token.top_tokens:
-        entry.top_tokens.add(token_id=token_id, logprob=logprob)

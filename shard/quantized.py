@@ -1,18 +1,25 @@
 """Weights of 4 or 8 bits: how they are made from floats, and the one layout they are kept in.
 
-A weight is scale * code + least. Scale and least belong to a group of 32 columns of a row (the
-scheme of llama.cpp's Q4_1), so AWQ's and GPTQ's groups of 32, 64 or 128 fit in unchanged.
+A weight is scale * (code - zero). Scale and zero point belong to a group of 32 columns of a row, so
+AWQ's and GPTQ's groups of 32, 64 or 128 fit in without a change. Zero points are no integers here.
 
-Letters: O outputs, I inputs, G groups of inputs.
+Letters: O outputs, I inputs, G groups of inputs, C columns of a group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32
 OUT = 16  # rows of a block of the packed layout
+ROWS_AT_ONCE = 128  # while quantising: what it needs beside the weight stays in the caches
+SMALLEST_SCALE = 2.0**-24  # above zero in half precision
+# Of a group whose values lie close together but far from zero: half precision ends at 65504, and
+# up to here a zero point is exact to half a code.
+LARGEST_ZERO = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class QuantizedWeight:
     bits: int  # 4 or 8
     codes_OI: Tensor  # uint8, one code each, below 2 ** bits
     scales_OG: Tensor  # float16
-    least_OG: Tensor  # float16
+    zeros_OG: Tensor  # float16, in codes
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,8 +40,23 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix as floats."""
         codes_OGC = self.codes_OI.unflatten(1, (-1, GROUP)).float()
-        values_OGC = codes_OGC * self.scales_OG[..., None] + self.least_OG[..., None]
+        values_OGC = (codes_OGC - self.zeros_OG[..., None]) * self.scales_OG[..., None]
         return values_OGC.flatten(1).to(dtype)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on a device."""
+        tensors = (self.codes_OI, self.scales_OG, self.zeros_OG)
+        return QuantizedWeight(self.bits, *(tensor.to(device) for tensor in tensors))
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of several matrices of one width, in order; all of as many bits."""
+    return QuantizedWeight(
+        weights[0].bits,
+        torch.cat([weight.codes_OI for weight in weights]),
+        torch.cat([weight.scales_OG for weight in weights]),
+        torch.cat([weight.zeros_OG for weight in weights]),
+    )
 
 
 def can_quantize(weight_OI: Tensor) -> bool:
@@ -49,30 +71,36 @@ def quantize(weight_OI: Tensor, bits: int) -> QuantizedWeight:
     Args:
         weight_OI: floats, finite; `can_quantize` holds.
     """
+    return stacked([_quantize_rows(rows_OI, bits) for rows_OI in weight_OI.split(ROWS_AT_ONCE)])
+
+
+def _quantize_rows(weight_OI: Tensor, bits: int) -> QuantizedWeight:
     groups_OGC = weight_OI.float().unflatten(1, (-1, GROUP))
     least_OG, most_OG = groups_OGC.amin(-1), groups_OGC.amax(-1)
-    # Codes are chosen for the values as they will be read: in half precision.
-    least_OG = least_OG.half()
-    scales_OG = ((most_OG - least_OG.float()) / (2**bits - 1)).half()
-    steps_OG = scales_OG.float().clamp(min=torch.finfo(torch.float16).tiny)
-    codes_OGC = ((groups_OGC - least_OG.float()[..., None]) / steps_OG[..., None]).round_()
-    codes_OI = codes_OGC.clamp_(0, 2**bits - 1).flatten(1).to(torch.uint8)
-    return QuantizedWeight(bits, codes_OI, scales_OG, least_OG)
+    largest_OG = torch.maximum(-least_OG, most_OG)
+    scales_OG = torch.maximum((most_OG - least_OG) / (2**bits - 1), largest_OG / LARGEST_ZERO)
+    scales_OG = scales_OG.clamp(min=SMALLEST_SCALE).half()
+    # Zero points and codes are chosen for the numbers as they will be read: in half precision.
+    steps_OG = scales_OG.float()
+    zeros_OG = (-least_OG / steps_OG).half()
+    codes_OGC = groups_OGC / steps_OG[..., None] + zeros_OG.float()[..., None]
+    codes_OI = codes_OGC.round_().clamp_(0, 2**bits - 1).flatten(1).to(torch.uint8)
+    return QuantizedWeight(bits, codes_OI, scales_OG, zeros_OG)
 
 
 def pack(weight: QuantizedWeight) -> Tensor:
     """The bytes that `backends/csrc/quantized.h` reads: [blocks of 16 rows, G, bytes of a group]."""
     rows, columns = weight.shape
     missing = -rows % OUT
-    codes_OI = torch.nn.functional.pad(weight.codes_OI, (0, 0, 0, missing))
+    codes_OI = F.pad(weight.codes_OI, (0, 0, 0, missing))
     blocks, groups = codes_OI.shape[0] // OUT, columns // GROUP
     quads = codes_OI.view(blocks, OUT, groups, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
     if weight.bits == 4:
         low, high = quads.chunk(2, dim=2)
         quads = low | (high << 4)
     parts = [quads.reshape(blocks, groups, -1)]
-    for of_group_OG in (weight.scales_OG, weight.least_OG):
-        padded_OG = torch.nn.functional.pad(of_group_OG, (0, 0, 0, missing))
+    for of_group_OG in (weight.scales_OG, weight.zeros_OG):
+        padded_OG = F.pad(of_group_OG, (0, 0, 0, missing))
         by_block = padded_OG.view(blocks, OUT, groups).transpose(1, 2).contiguous()
         parts.append(by_block.view(torch.uint8))
     return torch.cat(parts, dim=-1)

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tessera.shard.quantized import QuantizedWeight
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -82,6 +84,14 @@ class Backend(Protocol):
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """Prepare a weight once, at load time. The caller drops its own reference afterwards."""
+        ...
+
+    def quantized_linear(self, weight: QuantizedWeight, bias_O: Tensor | None) -> Linear:
+        """As `linear`, for a weight that stays in few bits.
+
+        A backend may round the input too, to 8 bits per group of 32 columns of each row. What is
+        not finite makes its own row NaN.
+        """
         ...
 
     def add_rms_norm(

@@ -1,4 +1,5 @@
-"""CPUs: own C++ kernels for attention and the small operations, oneDNN for linear layers.
+"""CPUs: own C++ kernels for attention, quantised weights and the small operations, oneDNN for
+other linear layers.
 
 The kernels are built by `build.py` and chosen by the processor's instruction set.
 """
@@ -14,6 +15,7 @@ from tessera.shard.backends.build import library_path
 from tessera.shard.backends.huge_pages import empty_on_huge_pages
 from tessera.shard.backends.packed_linear import PackedLinear, packing_works
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.quantized import QuantizedWeight, pack
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,13 @@ class CpuBackend(ReferenceBackend):
             return PackedLinear(weight_OI, bias_O)
         return super().linear(weight_OI, bias_O)
 
+    def quantized_linear(self, weight: QuantizedWeight, bias_O: Tensor | None) -> Linear:
+        """See `Backend.quantized_linear`. Multiplies integers: the input is rounded too.
+
+        A row's result has the same bits whatever other rows are there.
+        """
+        return QuantizedLinear(weight, bias_O, self._variant)
+
     def add_rms_norm(
         self, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -148,3 +157,20 @@ class CpuBackend(ReferenceBackend):
         """See `Backend.attend_dense`: the same kernel, each row a sequence in one block."""
         out_SQNH: Tensor = self._attend_dense(q_SQNH, k_SQNH, v_SQNH, self._variant)
         return out_SQNH
+
+
+class QuantizedLinear:
+    """The kernels' product with weights of few bits, in the layout of `quantized.pack`."""
+
+    def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None, variant: int) -> None:
+        self.packed = pack(weight)
+        self.bias_O = bias_O
+        self._out_features, self._bits, self._variant = weight.shape[0], weight.bits, variant
+        self._multiply = torch.ops.tessera_cpu.quantized_linear.default
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See `Linear`."""
+        out_TO: Tensor = self._multiply(
+            x_TI, self.packed, self.bias_O, self._out_features, self._bits, self._variant
+        )
+        return out_TO

@@ -3,6 +3,8 @@
 The operations run on any device; the memory functions speak of the host's memory.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from tessera.shard.backends.host_memory import (
     reset_host_peak,
     used_host_bytes,
 )
+from tessera.shard.quantized import QuantizedWeight
 
 
 def available() -> bool:
@@ -46,6 +49,10 @@ class ReferenceBackend:
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """See `Backend.linear`."""
         return PlainLinear(weight_OI, bias_O)
+
+    def quantized_linear(self, weight: QuantizedWeight, bias_O: Tensor | None) -> Linear:
+        """See `Backend.quantized_linear`. The input is not rounded."""
+        return DequantizingLinear(weight, bias_O)
 
     def add_rms_norm(
         self, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
@@ -134,6 +141,26 @@ class PlainLinear:
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See `Linear`."""
         return F.linear(x_TI, self.weight_OI, self.bias_O)
+
+
+class DequantizingLinear:
+    """Keeps codes, two of 4 bits in a byte, and makes floats of them at each call."""
+
+    def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None) -> None:
+        codes_OI = weight.codes_OI
+        if weight.bits == 4:
+            left, right = codes_OI.chunk(2, dim=1)  # whole groups or not: they are only stored so
+            codes_OI = left | (right << 4)
+        self.weight = replace(weight, codes_OI=codes_OI)
+        self.bias_O = bias_O
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See `Linear`."""
+        weight = self.weight
+        if weight.bits == 4:
+            codes_OI = torch.cat((weight.codes_OI & 15, weight.codes_OI >> 4), dim=1)
+            weight = replace(weight, codes_OI=codes_OI)
+        return F.linear(x_TI, weight.dequantize(x_TI.dtype), self.bias_O)
 
 
 def rotate(x_TXH: Tensor, cos_sin_TH: Tensor) -> Tensor:

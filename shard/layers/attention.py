@@ -67,10 +67,17 @@ class CausalSelfAttention(Layer):
                 _heads(f"{name}.v_proj", shape.num_kv_heads, heads.kv, shape.head_size),
             ],
             shape.bias,
+            quantizable=True,
         )
         out = _heads(f"{name}.o_proj", shape.num_heads, heads.query, shape.head_size)
         self.o_proj = RowParallelLinear(
-            group, out.name, out.out_features, out.span, shape.width, shape.bias
+            group,
+            out.name,
+            out.out_features,
+            out.span,
+            shape.width,
+            shape.bias,
+            quantizable=True,
         )
         self.unused = (f"{name}.rotary_emb.inv_freq",)  # in files of transformers before 4.32
 

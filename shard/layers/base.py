@@ -31,6 +31,7 @@ class Parameter:
 
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
+    quantizable: bool = False  # the loader may put a `QuantizedWeight` there
 
 
 class Layer:

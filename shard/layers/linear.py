@@ -13,6 +13,7 @@ from torch import Tensor
 from tessera.shard.backends.base import Backend, Linear
 from tessera.shard.layers.base import Layer, Parameter, Source, Span
 from tessera.shard.parallel import Group
+from tessera.shard.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +28,26 @@ class Projection:
 class ColumnParallelLinear(Layer):
     """Outputs split over ranks; several projections of one input are one multiplication."""
 
-    weight_OI: Tensor
+    weight_OI: Tensor | QuantizedWeight
     bias_O: Tensor
     _linear: Linear
 
-    def __init__(self, in_features: int, projections: Sequence[Projection], bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        projections: Sequence[Projection],
+        bias: bool,
+        *,
+        quantizable: bool = False,
+    ) -> None:
         weights, biases, row = [], [], 0
         for projection in projections:
             shape, span = (projection.out_features, in_features), projection.span
             weights.append(Source(f"{projection.name}.weight", shape, 0, span, row))
             biases.append(Source(f"{projection.name}.bias", shape[:1], 0, span, row))
             row += span[1] - span[0]
-        self.parameters = {"weight_OI": Parameter((row, in_features), tuple(weights))}
+        weight = Parameter((row, in_features), tuple(weights), quantizable)
+        self.parameters = {"weight_OI": weight}
         if bias:
             self.parameters["bias_O"] = Parameter((row,), tuple(biases))
 
@@ -54,17 +63,25 @@ class ColumnParallelLinear(Layer):
 class RowParallelLinear(Layer):
     """Inputs split over ranks; every rank gets the sum of what the ranks computed."""
 
-    weight_OI: Tensor
+    weight_OI: Tensor | QuantizedWeight
     bias_O: Tensor
     _linear: Linear
 
     def __init__(
-        self, group: Group, name: str, in_features: int, span: Span, out_features: int, bias: bool
+        self,
+        group: Group,
+        name: str,
+        in_features: int,
+        span: Span,
+        out_features: int,
+        bias: bool,
+        *,
+        quantizable: bool = False,
     ) -> None:
         self._group = group
         weight = Source(f"{name}.weight", (out_features, in_features), 1, span)
         shape = (out_features, span[1] - span[0])
-        self.parameters = {"weight_OI": Parameter(shape, (weight,))}
+        self.parameters = {"weight_OI": Parameter(shape, (weight,), quantizable)}
         # The sum over ranks must hold the bias once: it is rank 0's.
         if bias and group.rank == 0:
             source = Source(f"{name}.bias", (out_features,))
@@ -83,7 +100,11 @@ class RowParallelLinear(Layer):
 
 def _packed(layer: ColumnParallelLinear | RowParallelLinear, backend: Backend) -> Linear:
     has_bias = "bias_O" in layer.parameters
-    linear = backend.linear(layer.weight_OI, layer.bias_O if has_bias else None)
+    weight, bias_O = layer.weight_OI, layer.bias_O if has_bias else None
+    if isinstance(weight, QuantizedWeight):
+        linear = backend.quantized_linear(weight, bias_O)
+    else:
+        linear = backend.linear(weight, bias_O)
     del layer.weight_OI
     if has_bias:
         del layer.bias_O

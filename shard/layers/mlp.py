@@ -24,8 +24,10 @@ class GatedMLP(Layer):
     ) -> None:
         span = share(inner, group)
         projections = [Projection(f"{name}.{p}", inner, span) for p in ("gate_proj", "up_proj")]
-        self.gate_up_proj = ColumnParallelLinear(width, projections, bias)
-        self.down_proj = RowParallelLinear(group, f"{name}.down_proj", inner, span, width, bias)
+        self.gate_up_proj = ColumnParallelLinear(width, projections, bias, quantizable=True)
+        self.down_proj = RowParallelLinear(
+            group, f"{name}.down_proj", inner, span, width, bias, quantizable=True
+        )
         self._gate = self._any_gate
         self._act = activation(act, "hidden_act")
         if act in ("silu", "swish"):

@@ -158,6 +158,11 @@ def test_the_objective_is_inclusive(objective: Objective, is_met: bool) -> None:
     assert not objective.is_met(record(0.5, error="timeout"))
 
 
+def test_an_answer_without_text_is_judged_by_its_end() -> None:
+    assert Objective(ttft_s=0.5).is_met(record(end=0.5))
+    assert not Objective(ttft_s=0.5).is_met(record(end=0.6))
+
+
 def test_nothing_measured_is_no_division_by_zero() -> None:
     assert summarise([], Objective()).as_json()["requests_per_s"] == 0
 
@@ -345,6 +350,9 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert asyncio.run(go(["--requests", "3", "--rate", "500", *limits, *paths])) == 0
     report = json.loads(out.read_text())
     assert (report["best_per_s"], len(report["runs"])) == (1000.0, 2)
+    limits += ["--least-seconds", "0.01"]
+    assert asyncio.run(go(["--requests", "3", "--rate", "500", *limits, *paths])) == 0
+    assert [run["requests"] for run in json.loads(out.read_text())["runs"]] == [5, 10]
 
 
 @pytest.mark.parametrize(

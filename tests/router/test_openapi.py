@@ -14,7 +14,8 @@ from openapi_spec_validator import validate
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from tessera.router.openapi import EVENTS, JSON, OPERATIONS, Operation, openapi_document
+from tessera.router.openapi import openapi_document
+from tessera.router.operations import EVENTS, JSON, OPERATIONS, Operation
 from tests.router.http_fakes import FakeGenerator, Script, call, events
 
 App = Callable[..., Starlette]

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.applications import Starlette
 
-from tessera.router.openapi import OPERATIONS, Operation
+from tessera.router.operations import OPERATIONS, Operation
 from tests.router.http_fakes import FakeGenerator, Script
 
 App = Callable[..., Starlette]

@@ -375,7 +375,7 @@ def test_a_sampler_that_fails_for_one_sequence_fails_it_alone(
             raise ValueError("a seed that the sampler cannot take")
         return sample(logits_RV, rows)
 
-    monkeypatch.setattr("tessera.shard.engine.sample", fragile)
+    monkeypatch.setattr("tessera.shard.token_choice.sample", fragile)
     seeds = {0: 5, 1: 1, 2: 7}
     params = {n: shard_pb2.SamplingParams(seed=seed) for n, seed in seeds.items()}
     reply = engine.run(shard_pb2.Step(chunks=[chunk(n, [4], sampling=params[n]) for n in params]))
