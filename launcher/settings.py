@@ -65,7 +65,6 @@ class LauncherSettings:
     sharded: bool | None = setting(
         None, "true: one shard per visible device; false: one shard; empty: NUM_SHARD", boolean
     )
-    quantize: str = setting("", "weight quantization; none is supported yet")
     huggingface_hub_cache: str = setting("", "folder of downloaded models; empty: the hub's own")
     weights_cache_override: str = setting(
         "", "local folder with the files of MODEL_ID; nothing is downloaded then"
@@ -76,12 +75,6 @@ class LauncherSettings:
     startup_timeout: int = setting(
         900, "seconds until the server must be ready, downloads not counted", integer(1)
     )
-
-    def __post_init__(self) -> None:
-        if self.quantize:
-            raise SettingsError(
-                f"QUANTIZE={self.quantize!r} is not supported; leave it empty and set DTYPE."
-            )
 
 
 CLASSES: tuple[type[Any], ...] = (LauncherSettings, RouterSettings, ShardSettings)

@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 1000
 MAX_TOP_K = 2**31 - 1
 MAX_PRIORITY = 100
 MAX_SALT_CHARS = 256
+OPENAI_TOP_N = 20  # most `top_logprobs` that OpenAI's API allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,18 +113,38 @@ def _openai_wishes(
     )
 
 
-def check(wishes: Wishes, settings: RouterSettings, *, top_p_may_be_one: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where the two APIs differ in what they allow, and the settings that say so."""
+
+    max_copies: int
+    copies_setting: str
+    max_top_n: int
+    top_p_may_be_one: bool
+
+    @classmethod
+    def native(cls, settings: RouterSettings) -> "Limits":
+        """text-generation-inference's."""
+        return cls(settings.max_best_of, "MAX_BEST_OF", settings.max_top_n_tokens, False)
+
+    @classmethod
+    def openai(cls, settings: RouterSettings) -> "Limits":
+        """OpenAI's, whose clients may ask for 20 alternatives whatever the other API allows."""
+        return cls(settings.max_n, "MAX_N", max(OPENAI_TOP_N, settings.max_top_n_tokens), True)
+
+
+def check(wishes: Wishes, settings: RouterSettings, limits: Limits) -> None:
     """Check every range that needs neither the prompt nor the model.
 
     Raises:
         ValidationError: the first rule that is broken.
     """
-    _check_copies(wishes, settings)
+    _check_copies(wishes, limits)
     _check_positive(wishes.temperature, wishes.name("temperature"))
     _check_repetition(wishes.repetition_penalty)
     _check_penalty(wishes.frequency_penalty, "frequency_penalty")
     _check_penalty(wishes.presence_penalty, "presence_penalty")
-    _check_share(wishes.top_p, "top_p", one=top_p_may_be_one)
+    _check_share(wishes.top_p, "top_p", one=limits.top_p_may_be_one)
     _check_share(wishes.typical_p, "typical_p", one=False)
     _check_top_k(wishes.top_k)
     if wishes.min_p is not None and not 0 <= wishes.min_p <= 1:
@@ -132,7 +153,7 @@ def check(wishes: Wishes, settings: RouterSettings, *, top_p_may_be_one: bool) -
         name = wishes.name("max_new_tokens")
         raise ValidationError(f"`{name}` must be strictly positive", name)
     _check_stop(wishes.stop, settings.max_stop_sequences)
-    _check_top_n(wishes, settings.max_top_n_tokens)
+    _check_top_n(wishes, limits.max_top_n)
     _check_priority(wishes.priority)
     _check_salt(wishes.cache_salt)
 
@@ -229,16 +250,16 @@ def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, 
     return tuple(pairs)
 
 
-def _check_copies(wishes: Wishes, settings: RouterSettings) -> None:
+def _check_copies(wishes: Wishes, limits: Limits) -> None:
     name = wishes.name("copies")
     if wishes.copies == 1:
         return
-    if settings.max_best_of == 1:
+    if limits.max_copies == 1:
         raise ValidationError(f"`{name}` != 1 is not allowed for this endpoint", name)
-    if not 0 < wishes.copies <= settings.max_best_of:
+    if not 0 < wishes.copies <= limits.max_copies:
         raise ValidationError(
-            f"`{name}` must be > 0 and <= {settings.max_best_of}. Given: {wishes.copies}. "
-            "The limit is MAX_BEST_OF.",
+            f"`{name}` must be > 0 and <= {limits.max_copies}. Given: {wishes.copies}. "
+            f"The limit is {limits.copies_setting}.",
             name,
         )
 

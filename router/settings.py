@@ -82,9 +82,12 @@ class RouterSettings:
         "picture features kept on the shards, in tokens, for those who ask and for the next who do",
         integer(0),
     )
-    max_best_of: int = setting(2, "largest best_of and n of a request", integer(1, 128))
+    max_best_of: int = setting(2, "largest best_of of a native request", integer(1, 128))
+    max_n: int = setting(16, "largest n of an OpenAI request", integer(1, 128))
     max_stop_sequences: int = setting(4, "stop sequences of a request", integer(0, 1024))
-    max_top_n_tokens: int = setting(5, "alternatives reported per token", integer(0, 1024))
+    max_top_n_tokens: int = setting(
+        5, "alternatives reported per token; 20 on the OpenAI routes if less", integer(0, 1024)
+    )
     max_client_batch_size: int = setting(
         4, "prompts in one /v1/completions request", integer(1, 1024)
     )

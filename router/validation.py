@@ -94,7 +94,7 @@ class Validator:
         options = body.options
         wishes = native_wishes(options)
         check_native(options, wishes, streaming=streaming)
-        rules.check(wishes, self._settings, top_p_may_be_one=False)
+        rules.check(wishes, self._settings, rules.Limits.native(self._settings))
         if not body.inputs:
             raise ValidationError("`inputs` cannot be empty", "inputs")
         self._check_truncate(options.truncate)
@@ -111,7 +111,7 @@ class Validator:
         """Check a chat. Raises as `plan_native` does."""
         wishes = rules.chat_wishes(body)
         rules.check_chat(body)
-        rules.check(wishes, self._settings, top_p_may_be_one=True)
+        rules.check(wishes, self._settings, rules.Limits.openai(self._settings))
         continues = body.is_to_be_continued
         add_prompt = body.add_generation_prompt is not False
         tools, grammar, calls = read_tools(body), openai_grammar(body), None
@@ -130,7 +130,7 @@ class Validator:
         """Check a plain completion. Raises as `plan_native` does."""
         wishes = rules.completion_wishes(body)
         rules.check_completion(body, self._settings)
-        rules.check(wishes, self._settings, top_p_may_be_one=True)
+        rules.check(wishes, self._settings, rules.Limits.openai(self._settings))
         prompts = [_completion_prompt(prompt) for prompt in body.prompts]
         return Plan(
             prompts=prompts,

@@ -26,6 +26,7 @@ from tessera.shard.models import load_model, resolve_dtype
 from tessera.shard.models.base import Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
+from tessera.shard.quantization_names import quantization
 from tessera.shard.service import ShardService
 from tessera.shard.settings import ShardSettings
 from tessera.shard.warmup import warm_up
@@ -81,7 +82,7 @@ def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLa
     backend = load_backend(settings.device, settings.backend)
     dtype = resolve_dtype(settings.dtype, config, backend.device.type)
     group = Group.connect(settings.rank, settings.world_size, backend.device, _rendezvous(settings))
-    placement = Placement(backend, group, dtype)
+    placement = Placement(backend, group, dtype, quantization(settings.quantize))
     model = load_model(folder, placement)
     engine = Engine(model, placement, settings.block_size)
     info = shard_pb2.InfoReply(

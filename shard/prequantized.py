@@ -1,22 +1,21 @@
 """Checkpoints whose weights are already in few bits: AWQ ("gemm") and GPTQ.
 
-Both keep a linear's weight [O, I] transposed, several codes in an int32:
+Both keep a linear's weight [O, I] transposed, several codes in an int32. With 8 codes in one:
 
-    tensor   AWQ               GPTQ              holds
-    qweight  [I, O / 8]        [I / codes, O]    codes
-    qzeros   [groups, O / 8]   [groups, O / 8]   zero points, packed as codes; GPTQ's less 1
-    scales   [groups, O]       [groups, O]
-    g_idx    -                 [I]               the group of each input
+    tensor   AWQ            GPTQ           holds
+    qweight  [I, O / 8]     [I / 8, O]     codes
+    qzeros   [G, O / 8]     [G, O / 8]     zero points; in GPTQ's first format less 1
+    scales   [G, O]         [G, O]
+    g_idx                   [I]            the group of each input
 
-A weight is scale * (code - zero), so they are kept as `QuantizedWeight` to the last bit. Sources: the
-files of AutoAWQ 0.2 and of AutoGPTQ 0.7 and GPTQModel ("gptq" and "gptq_v2").
+A weight is scale * (code - zero), so `QuantizedWeight` keeps them to the last bit. Sources: the
+files of AutoAWQ 0.2, AutoGPTQ 0.7 and GPTQModel.
 
-Letters: O outputs, I inputs, G groups; W packed words, C columns.
+Letters: O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,13 @@ from torch import Tensor
 
 from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.base import Source, Span
-from tessera.shard.models.config_file import read_json
 from tessera.shard.quantized import GROUP, QuantizedWeight
 
 AWQ, GPTQ = "awq", "gptq"
 WORD = 32  # bits
-# The column whose code is in the lowest bits of an int32, then the next higher bits', and so on.
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-OWN_FILES = ("quantize_config.json", "quant_config.json")  # of old GPTQ and AWQ checkpoints
+# At which place of an int32, counted from its lowest bits, each of eight columns is.
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+UNQUANTISED = "use the unquantised checkpoint, with QUANTIZE=int4 or int8 if you like"
 
 Read = Callable[[Source], Tensor]
 
@@ -41,19 +39,19 @@ class PackedFormat:
     """How the linears of one checkpoint are packed."""
 
     method: str  # AWQ or GPTQ
-    bits: int
-    group_size: int | None  # inputs; None: all of a row
+    bits: int  # 4 or 8
+    group_size: int | None  # inputs; None: a row is one group
     zero_offset: int = 0  # what the file's zero points lack
-    act_order: bool = False  # inputs may belong to groups in any order
+    act_order: bool = False  # g_idx must tell
 
-    def tensors(self, weight: Source, names: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def tensors(self, weight: Source, names: Container[str]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what stands for `weight` among `names`; empty: it is not packed."""
         stem = _stem(weight)
         if f"{stem}.qweight" not in names:
             return {}
         outputs, inputs = weight.shape
-        groups = -(-inputs // self._group(inputs))
-        shapes = {
+        groups = self._groups(inputs)
+        shapes: dict[str, tuple[int, ...]] = {
             f"{stem}.qweight": self._packed((inputs, outputs), self._packed_dim),
             f"{stem}.qzeros": self._packed((groups, outputs), 1),
             f"{stem}.scales": (groups, outputs),
@@ -62,34 +60,115 @@ class PackedFormat:
             shapes[f"{stem}.g_idx"] = (inputs,)
         return shapes
 
-    def read(self, weight: Source, names: Mapping[str, Any], read: Read) -> QuantizedWeight | Tensor:
-        """A rank's part of a packed weight; as floats where it does not begin and end with groups.
+    def read(self, weight: Source, names: Container[str], read: Read) -> QuantizedWeight | Tensor:
+        """A rank's part of a packed weight; floats where it does not begin and end with groups.
 
         Raises:
-            CheckpointError: its inputs belong to groups in another than their own order.
+            CheckpointError: its groups are not made of neighbouring inputs.
         """
-        outputs, inputs = weight.shape
-        stem, group = _stem(weight), self._group(inputs)
+        stem, (outputs, inputs) = _stem(weight), weight.shape
+        groups, size = self._groups(inputs), self.group_size or inputs
         if f"{stem}.g_idx" in names:
-            _check_order(stem, group, read(Source(f"{stem}.g_idx", (inputs,))))
+            _check_order(stem, size, read(Source(f"{stem}.g_idx", (inputs,))))
+        dim = 1 - weight.dim  # the files hold the weight transposed
         span = weight.span or (0, weight.shape[weight.dim])
-        part = _Part(read, 1 - weight.dim, span)  # files hold the weight transposed
-        of_groups = part
-        first, last = span if weight.dim == 1 else (0, inputs)
-        if weight.dim == 1:
-            of_groups = replace(part, span=(first // group, -(-last // group)))
-        groups = of_groups.whole((-(-inputs // group), outputs))
-        codes_IO = self._codes(part, f"{stem}.qweight", (inputs, outputs), self._packed_dim)
-        zeros_GO = self._codes(of_groups, f"{stem}.qzeros", groups, 1) + self.zero_offset
-        scales_GO = of_groups.read(Source(f"{stem}.scales", groups, of_groups.dim, of_groups.span))
-        group_of_I = torch.arange(first, last) // group - first // group
-        if first % GROUP or (last - first) % GROUP:
-            values_IO = (codes_IO.float() - zeros_GO[group_of_I]) * scales_GO[group_of_I].float()
+        first, last = span if dim == 0 else (0, inputs)
+        groups_span = (first // size, -(-last // size)) if dim == 0 else span
+        codes_IO = self._codes(read, f"{stem}.qweight", (inputs, outputs), dim, span)
+        zeros_GO = self._codes(read, f"{stem}.qzeros", (groups, outputs), dim, groups_span)
+        zeros_GO = (zeros_GO.to(torch.int32) + self.zero_offset).half()
+        scales_GO = read(Source(f"{stem}.scales", (groups, outputs), dim, groups_span)).half()
+        group_I = torch.arange(first, last) // size - first // size
+        if first % GROUP or last % GROUP:
+            values_IO = (codes_IO.float() - zeros_GO[group_I]) * scales_GO[group_I]
             return values_IO.T
-        rows = group_of_I[::GROUP]
-        return QuantizedWeight(
-            self.bits,
-            codes_IO.T.contiguous(),
-            scales_GO[rows].T.half().contiguous(),
-            zeros_GO[rows].T.half().contiguous(),
+        group_G = group_I[::GROUP]  # of ours, the file's
+        of_groups = (tensor[group_G].T.contiguous() for tensor in (scales_GO, zeros_GO))
+        return QuantizedWeight(self.bits, codes_IO.T.contiguous(), *of_groups)
+
+    @property
+    def _packed_dim(self) -> int:
+        """The dimension of qweight along which codes share an int32."""
+        return 1 if self.method == AWQ else 0
+
+    def _groups(self, inputs: int) -> int:
+        return -(-inputs // (self.group_size or inputs))
+
+    def _packed(self, shape: tuple[int, int], packed_dim: int) -> tuple[int, int]:
+        packed = list(shape)
+        packed[packed_dim] = -(-packed[packed_dim] * self.bits // WORD)
+        return packed[0], packed[1]
+
+    def _codes(self, read: Read, name: str, shape: tuple[int, int], dim: int, span: Span) -> Tensor:
+        """The part of a packed tensor of `shape` codes; uint8."""
+        packed_dim = self._packed_dim if name.endswith(".qweight") else 1
+        in_word = WORD // self.bits if dim == packed_dim else 1
+        first, last = span
+        words = (first // in_word, -(-last // in_word))
+        packed = read(Source(name, self._packed(shape, packed_dim), dim, words))
+        places = AWQ_PLACES if self.method == AWQ else range(WORD // self.bits)
+        mask = 2**self.bits - 1
+        codes = [(packed >> self.bits * place & mask).to(torch.uint8) for place in places]
+        unpacked = torch.stack(codes, packed_dim + 1).flatten(packed_dim, packed_dim + 1)
+        return unpacked.narrow(dim, first - words[0] * in_word, last - first)
+
+
+def packed_format(config: Mapping[str, Any]) -> PackedFormat | None:
+    """What config.json says of its checkpoint; None: the weights are floats.
+
+    Raises:
+        CheckpointError: they are in a format that is not read.
+    """
+    given = config.get("quantization_config")
+    if not given:
+        return None
+    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping) or method not in (AWQ, GPTQ):
+        raise CheckpointError(
+            f"config.json has a quantization_config ({method}) of which only {AWQ} and {GPTQ} can "
+            f"be read; {UNQUANTISED}"
+        )
+    size = given.get("group_size", given.get("q_group_size"))
+    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and size < 1):
+        raise CheckpointError(f"quantization_config.group_size={size!r} must be -1 or above 0")
+    if size % GROUP and size != -1:
+        raise CheckpointError(
+            f"quantization_config.group_size={size} is no multiple of {GROUP}; {UNQUANTISED}"
+        )
+    bits, of_file = given.get("bits", given.get("w_bit")), _format_of_file(method, given)
+    if bits not in ((4,) if method == AWQ else (4, 8)):
+        raise CheckpointError(
+            f"quantization_config.bits={bits!r} cannot be read for {method}; {UNQUANTISED}"
+        )
+    return PackedFormat(
+        method,
+        bits,
+        None if size == -1 else size,
+        zero_offset=1 if of_file == GPTQ else 0,
+        act_order=bool(given.get("desc_act")),
+    )
+
+
+def _format_of_file(method: str, given: Mapping[str, Any]) -> str:
+    """The layout of the tensors: gemm, gptq or gptq_v2."""
+    default, known = (GPTQ, (GPTQ, "gptq_v2")) if method == GPTQ else ("gemm", ("gemm",))
+    name = given.get("checkpoint_format") or (given.get("version") if method == AWQ else None)
+    name = "marlin" if given.get("is_marlin_format") else str(name or default).lower()
+    if name not in known:
+        raise CheckpointError(
+            f"the checkpoint is packed for {name!r}; of {method} only {', '.join(known)} can be "
+            f"read; {UNQUANTISED}"
+        )
+    return name
+
+
+def _stem(weight: Source) -> str:
+    return weight.name.removesuffix(".weight")
+
+
+def _check_order(stem: str, size: int, group_I: Tensor) -> None:
+    if not torch.equal(group_I.long(), torch.arange(len(group_I)) // size):
+        raise CheckpointError(
+            f"the groups of {stem} are not made of neighbouring inputs (desc_act); use a "
+            f"checkpoint made with desc_act=false, or {UNQUANTISED}"
         )

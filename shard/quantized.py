@@ -39,7 +39,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix as floats."""
-        codes_OGC = self.codes_OI.unflatten(1, (-1, GROUP)).float()
+        codes_OGC = self.codes_OI.view(*self.scales_OG.shape, GROUP).float()
         values_OGC = (codes_OGC - self.zeros_OG[..., None]) * self.scales_OG[..., None]
         return values_OGC.flatten(1).to(dtype)
 
@@ -59,9 +59,9 @@ def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
-def can_quantize(weight_OI: Tensor) -> bool:
-    """Whether the inputs come out even in groups."""
-    return weight_OI.shape[1] % GROUP == 0
+def can_quantize(inputs: int) -> bool:
+    """Whether they come out even in groups."""
+    return inputs % GROUP == 0
 
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantizedWeight:
@@ -69,13 +69,13 @@ def quantize(weight_OI: Tensor, bits: int) -> QuantizedWeight:
     group.
 
     Args:
-        weight_OI: floats, finite; `can_quantize` holds.
+        weight_OI: floats, finite; `can_quantize` holds for its inputs.
     """
-    return stacked([_quantize_rows(rows_OI, bits) for rows_OI in weight_OI.split(ROWS_AT_ONCE)])
+    return stacked([_quantize_rows(part, bits) for part in torch.split(weight_OI, ROWS_AT_ONCE)])
 
 
 def _quantize_rows(weight_OI: Tensor, bits: int) -> QuantizedWeight:
-    groups_OGC = weight_OI.float().unflatten(1, (-1, GROUP))
+    groups_OGC = weight_OI.float().reshape(weight_OI.shape[0], -1, GROUP)
     least_OG, most_OG = groups_OGC.amin(-1), groups_OGC.amax(-1)
     largest_OG = torch.maximum(-least_OG, most_OG)
     scales_OG = torch.maximum((most_OG - least_OG) / (2**bits - 1), largest_OG / LARGEST_ZERO)
@@ -89,7 +89,7 @@ def _quantize_rows(weight_OI: Tensor, bits: int) -> QuantizedWeight:
 
 
 def pack(weight: QuantizedWeight) -> Tensor:
-    """The bytes that `backends/csrc/quantized.h` reads: [blocks of 16 rows, G, bytes of a group]."""
+    """What `backends/csrc/quantized.h` reads: uint8 [blocks of 16 rows, G, bytes of a group]."""
     rows, columns = weight.shape
     missing = -rows % OUT
     codes_OI = F.pad(weight.codes_OI, (0, 0, 0, missing))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tessera.proto.env import boolean, choice, integer, level_name, number, setting
+from tessera.shard.quantization_names import quantization_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,14 @@ class ShardSettings:
         "auto, float32, bfloat16 or float16; auto: the checkpoint's, but on cpu bfloat16, "
         "not float16",
         choice("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str = setting(
+        "",
+        "bits the language model's linear layers are rounded to while loading: int8 or int4, also "
+        "as bitsandbytes, bitsandbytes-nf4, 8, 4, Q8_0, Q4K, ...; awq and gptq checkpoints need "
+        "nothing; empty: as the checkpoint is",
+        quantization_name,
+        aliases=("ISQ",),
     )
     block_size: int = setting(16, "positions in one KV-cache block", integer(1, 1024))
     cuda_memory_fraction: float = setting(

@@ -5,6 +5,7 @@ one after the other, so that beside the packed model no more than one layer is i
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -19,9 +20,15 @@ from torch import Tensor
 from tessera.shard.backends.base import Backend
 from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.base import Layer, Parameter, Source
+from tessera.shard.prequantized import PackedFormat
+from tessera.shard.quantized import GROUP, QuantizedWeight, can_quantize, quantize, stacked
 
 INDEX = "model.safetensors.index.json"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+PACKED = frozenset({"I32"})
+PACKED_NAMES = (".qweight", ".qzeros", ".g_idx")
+
+logger = logging.getLogger(__name__)
 
 _RENAMED = (
     # The hub's llava files; transformers up to 4.51 and again from 5.
@@ -51,12 +58,16 @@ def canonical_name(name: str) -> str:
 class Checkpoint:
     """The tensors of a folder's safetensors files, by canonical name. A context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packed: PackedFormat | None = None) -> None:
         """Open the files; reads their headers only.
+
+        Args:
+            packed: the format of linears that are in few bits.
 
         Raises:
             CheckpointError: there are none, one is absent or damaged, or two hold one tensor.
         """
+        self.packed = packed
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}  # canonical name -> the open file that has it
         self._spelling: dict[str, str] = {}  # canonical name -> the name in that file
@@ -99,6 +110,32 @@ class Checkpoint:
             raise _damaged(self.spelling(source.name), error) from None
         return read
 
+    def read_weight(self, source: Source) -> Tensor | QuantizedWeight:
+        """As `read`; in few bits where the file has it so and this rank's part allows it."""
+        if self.packed is None or not self.is_packed(source):
+            return self.read(source)
+        return self.packed.read(source, self._shapes, self.read)
+
+    def is_packed(self, weight: Source) -> bool:
+        """Whether it is in few bits in the file."""
+        return self.packed is not None and bool(self.packed.tensors(weight, self._shapes))
+
+    def wanted(self, parameter: Parameter) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that make up a parameter."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for source in parameter.sources:
+            packed = self.packed if parameter.quantizable else None
+            tensors = packed.tensors(source, self._shapes) if packed else {}
+            shapes |= tensors or {source.name: source.shape}
+        return shapes
+
+    def is_empty_bias(self, name: str) -> bool:
+        """Whether it is a packed linear's bias of zeros: some tools always write one."""
+        stem = name.removesuffix(".bias")
+        if stem == name or f"{stem}.qweight" not in self._shapes:
+            return False
+        return not self.read(Source(name, self._shapes[name])).any()
+
     def _add(self, path: Path) -> None:
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -117,26 +154,32 @@ class Checkpoint:
         self._shapes[name] = tuple(file.get_slice(spelling).get_shape())
 
     def check_dtype(self, name: str) -> None:
-        """Refuse integers, as quantised checkpoints hold.
+        """Refuse integers where floats belong, as other quantised checkpoints hold.
 
         Raises:
-            CheckpointError: the tensor's numbers are not floating-point numbers.
+            CheckpointError: the tensor's numbers are of the wrong kind.
         """
         dtype = self._files[name].get_slice(self._spelling[name]).get_dtype()
-        if dtype not in FLOATS:
+        allowed = PACKED if name.endswith(PACKED_NAMES) else FLOATS
+        if dtype not in allowed:
             raise CheckpointError(
-                f"{self._spelling[name]} has dtype {dtype}; only {', '.join(sorted(FLOATS))} "
-                "weights can be loaded"
+                f"{self._spelling[name]} has dtype {dtype}; only {', '.join(sorted(allowed))} "
+                "can be loaded there"
             )
 
 
 def load_weights(
-    model: Layer, checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype
+    model: Layer,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    dtype: torch.dtype,
+    bits: int | None = None,
 ) -> None:
     """Fill and pack every layer of `model`.
 
     Args:
         dtype: what the parameters become; converted while they are copied.
+        bits: 4 or 8: what quantisable parameters are rounded to, one layer after the other.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or mis-shaped; checked before anything
@@ -144,10 +187,45 @@ def load_weights(
     """
     layers = list(model.layers())
     _check(layers, checkpoint)
+    if bits or checkpoint.packed:
+        _warn_of_uneven(layers)
     for layer in layers:
         for attribute, parameter in layer.parameters.items():
-            setattr(layer, attribute, _fill(parameter, checkpoint, backend.device, dtype))
+            value = _load(parameter, checkpoint, backend.device, dtype, bits)
+            setattr(layer, attribute, value)
+            del value  # the layer's own reference is the last
         layer.pack(backend)
+
+
+def _load(
+    parameter: Parameter,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None,
+) -> Tensor | QuantizedWeight:
+    if parameter.quantizable and all(map(checkpoint.is_packed, parameter.sources)):
+        pieces = [checkpoint.read_weight(source) for source in parameter.sources]
+        quantized = [piece.to(device) for piece in pieces if isinstance(piece, QuantizedWeight)]
+        if len(quantized) == len(pieces):
+            return stacked(quantized)
+    filled = _fill(parameter, checkpoint, device, dtype)
+    if parameter.quantizable and bits and can_quantize(parameter.shape[1]):
+        return quantize(filled, bits)
+    return filled
+
+
+def _warn_of_uneven(layers: Iterable[Layer]) -> None:
+    parameters = (p for layer in layers for p in layer.parameters.values() if p.quantizable)
+    uneven = [p.shape[1] for p in parameters if not can_quantize(p.shape[1])]
+    if uneven:
+        logger.warning(
+            "%d linear layers are not quantised: their inputs on this rank (%s) are no multiple "
+            "of %d; another NUM_SHARD may help",
+            len(uneven),
+            ", ".join(map(str, sorted(set(uneven)))),
+            GROUP,
+        )
 
 
 def _fill(
@@ -155,7 +233,9 @@ def _fill(
 ) -> Tensor:
     filled = torch.zeros(parameter.shape, dtype=dtype, device=device)
     for source in parameter.sources:
-        piece = checkpoint.read(source)
+        piece = checkpoint.read_weight(source)
+        if isinstance(piece, QuantizedWeight):  # a fused projection, and its others are floats
+            piece = piece.dequantize(dtype)
         rows = piece.shape[0]
         filled[source.first_row : source.first_row + rows] = piece.reshape(
             rows, *parameter.shape[1:]
@@ -170,7 +250,7 @@ def _check(layers: Iterable[Layer], checkpoint: Checkpoint) -> None:
     for layer in layers:
         unused += layer.unused
         for parameter in layer.parameters.values():
-            wanted |= {source.name: source.shape for source in parameter.sources}
+            wanted |= checkpoint.wanted(parameter)
     have = checkpoint.shapes
     missing = sorted(wanted.keys() - have.keys())
     if missing:
@@ -178,7 +258,7 @@ def _check(layers: Iterable[Layer], checkpoint: Checkpoint) -> None:
     unexpected = sorted(
         checkpoint.spelling(name)
         for name in have.keys() - wanted.keys()
-        if not name.startswith(tuple(unused))
+        if not name.startswith(tuple(unused)) and not checkpoint.is_empty_bias(name)
     )
     if unexpected:
         raise CheckpointError(

@@ -1,13 +1,38 @@
-"""Attention over a paged cache with torch's fused attention, for devices without own kernels."""
+"""torch's fused operations, for devices without own kernels: attention, 4-bit weights."""
+
+import logging
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.shard.backends.base import Linear
+from tessera.shard.backends.int4_linear import Int4Linear, fits, int4_works
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.quantized import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 
 class FusedAttentionBackend(ReferenceBackend):
     """The reference operations, but scores never leave the fused attention kernel."""
+
+    @cached_property
+    def _int4_works(self) -> bool:
+        works = int4_works(self.device)
+        if not works:
+            logger.warning(
+                "torch has no product with 4-bit weights for %s: they are made floats at each "
+                "call, which saves memory but no time",
+                self.device,
+            )
+        return works
+
+    def quantized_linear(self, weight: QuantizedWeight, bias_O: Tensor | None) -> Linear:
+        """See `Backend.quantized_linear`. torch has nothing for 8 bits in groups of 32."""
+        if fits(weight) and self._int4_works:
+            return Int4Linear(weight, bias_O)
+        return super().quantized_linear(weight, bias_O)
 
     def attend_one(self, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, visible_QC: Tensor) -> Tensor:
         """One sequence. Query heads of a group follow each other on the query axis (G * Q rows).

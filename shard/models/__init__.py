@@ -1,14 +1,19 @@
 """The models. `load_model` picks the file named like config.json's `model_type`."""
 
+import logging
 from pathlib import Path
 
+from tessera.shard.errors import CheckpointError
 from tessera.shard.models.base import Model, Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.models.dtype import resolve_dtype
 from tessera.shard.models.registry import build_model
+from tessera.shard.prequantized import PackedFormat, packed_format
 from tessera.shard.weights import Checkpoint, load_weights
 
 __all__ = ["load_model", "resolve_dtype"]
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(folder: Path, placement: Placement) -> Model:
@@ -18,7 +23,31 @@ def load_model(folder: Path, placement: Placement) -> Model:
         CheckpointError: the folder holds no model that can be served. The message is one line and
             names the file, key or tensor.
     """
-    model = build_model(read_config(folder), folder, placement)
-    with Checkpoint(folder) as checkpoint:
-        load_weights(model, checkpoint, placement.backend, placement.dtype)
+    config = read_config(folder)
+    packed = packed_format(config)
+    bits = _bits(placement, packed)
+    model = build_model(config, folder, placement)
+    with Checkpoint(folder, packed) as checkpoint:
+        load_weights(model, checkpoint, placement.backend, placement.dtype, bits)
     return model
+
+
+def _bits(placement: Placement, packed: PackedFormat | None) -> int | None:
+    """What to quantise to; None: what is in the checkpoint stays as it is."""
+    asked, first = placement.quantization, placement.group.rank == 0
+    if asked.method and (packed is None or packed.method != asked.method):
+        is_there = f"quantised by {packed.method}" if packed else "not quantised"
+        raise CheckpointError(
+            f"QUANTIZE={asked.method} but the checkpoint is {is_there}; leave QUANTIZE empty"
+            + ("" if packed else ", or set it to int8 or int4 to quantise while loading")
+        )
+    if packed is None:
+        if first and asked.bits:
+            note = f" ({asked.note})" if asked.note else ""
+            logger.info("linear layers are quantised to %d bits%s", asked.bits, note)
+        return asked.bits
+    if first:
+        logger.info("linear layers are in %d bits (%s checkpoint)", packed.bits, packed.method)
+        if asked.bits not in (None, packed.bits):
+            logger.warning("QUANTIZE asks for %d bits; it changes nothing here", asked.bits)
+    return None

@@ -1,6 +1,6 @@
 """What the engine needs of a model, and what a model needs of its rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from tessera.shard.backends.base import Backend, LayerCache, StepLayout
 from tessera.shard.layers.base import Layer
 from tessera.shard.parallel import Group
+from tessera.shard.quantization_names import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Placement:
     backend: Backend
     group: Group
     dtype: torch.dtype
+    quantization: Quantization = field(default_factory=Quantization)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,34 @@ from typing import Any
 
 from tessera.shard.errors import CheckpointError
 
+# What is said there is said in config.json by newer tools.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder.
 
     Raises:
-        CheckpointError: it is absent, not a JSON object, or that of a quantised checkpoint.
+        CheckpointError: it is absent or not a JSON object.
     """
     config = read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: it is not a model's folder")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise CheckpointError(
-            f"config.json has a quantization_config ({method}): use the unquantised checkpoint"
-        )
+    if quantization := _quantization(config, folder):
+        config["quantization_config"] = quantization
     return config
+
+
+def _quantization(config: Mapping[str, Any], folder: Path) -> Any:
+    """The `quantization_config`, wherever it stands; old checkpoints have a file of its own."""
+    text = config.get("text_config")
+    for part in (config, text):
+        if isinstance(part, Mapping) and part.get("quantization_config"):
+            return part["quantization_config"]
+    for name, method in OWN_FILES.items():
+        if found := read_json(folder / name):
+            return {"quant_method": method, **found}
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ struct Partial {
 
 // Weights of 4 or 8 bits (quantized.h) lie in blocks of QUANTIZED_OUT rows. A block is a sequence of
 // groups of QUANTIZED_GROUP columns: the codes, four columns of each row together and with 4 bits
-// the group's second half in the high ones; then each row's scale and least value, in half precision.
+// the group's second half in the high ones; then each row's scale and zero point, in half precision.
 constexpr int64_t QUANTIZED_OUT = 16;
 constexpr int64_t QUANTIZED_GROUP = 32;
 constexpr int64_t quantized_group_bytes(int64_t bits) {

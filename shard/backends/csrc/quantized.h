@@ -1,6 +1,6 @@
 // Products with weights of 4 or 8 bits. Local to kernels.cpp, compiled once per instruction set.
 //
-// A weight is scale * code + least, with scale and least common to GROUP columns of a row. The input
+// A weight is scale * (code - zero), with scale and zero common to GROUP columns of a row. The input
 // is brought to 8 bits per group of a row, so that codes are multiplied as integers (as llama.cpp's
 // Q4_1 x Q8_1 does); sums over groups are float32, always in the same order: a row's result does not
 // depend on the rows beside it.
@@ -73,7 +73,7 @@ inline void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int6
       __builtin_prefetch(weight + AHEAD + i);
     }
     const uint8_t* scale_at = weight + QUADS * 4 * QUANTIZED_OUT * BITS / 8;
-    const uint8_t* least_at = scale_at + 2 * QUANTIZED_OUT;
+    const uint8_t* zero_at = scale_at + 2 * QUANTIZED_OUT;
     for (int part = 0; part < PARTS; part++) {
       Ints dots[ROWS] = {};
       for (int quad = 0; quad < QUADS * BITS / 8; quad++) {
@@ -92,13 +92,13 @@ inline void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int6
         }
       }
       Floats scale = from_half(scale_at + part * 2 * LANES);
-      Floats least = from_half(least_at + part * 2 * LANES);
+      Floats zero = from_half(zero_at + part * 2 * LANES);
       for (int r = 0; r < ROWS; r++) {
-        totals[r][part] += to_floats(dots[r]) * (scale * scales[r * args.num_groups + g]);
-        totals[r][part] += least * sums[r * args.num_groups + g];
+        Floats product = to_floats(dots[r]) * scales[r * args.num_groups + g];
+        totals[r][part] += scale * (product - zero * sums[r * args.num_groups + g]);
       }
     }
-    weight = least_at + 2 * QUANTIZED_OUT;
+    weight = zero_at + 2 * QUANTIZED_OUT;
   }
   for (int r = 0; r < ROWS; r++) {
     for (int part = 0; part < PARTS; part++) {
