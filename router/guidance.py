@@ -12,7 +12,13 @@ from llguidance import LLTokenizer
 
 from tessera.router.errors import OverloadedError, ValidationError
 from tessera.router.grammar import Grammar
-from tessera.router.guidance_compile import GrammarError, Guide, Vocabulary, compile_grammar
+from tessera.router.guidance_compile import (
+    GrammarError,
+    GrammarTimeout,
+    Guide,
+    Vocabulary,
+    compile_grammar,
+)
 from tessera.router.guidance_trial import WALL_FACTOR, Trial, TrialLost
 
 NUM_COMPILERS = 2
@@ -96,7 +102,8 @@ class GuideCompiler:
             self._keep(grammar, _Passed(num_bytes, guide if is_slow else None))
             return guide
         except GrammarError as error:
-            self._keep(grammar, str(error))
+            if not isinstance(error, GrammarTimeout):
+                self._keep(grammar, str(error))
             return str(error)
 
     def _try(self, grammar: Grammar) -> int:

@@ -42,6 +42,10 @@ class GrammarError(Exception):
     """The grammar cannot be used. The message is safe to show to a client."""
 
 
+class GrammarTimeout(GrammarError):
+    """It took too long on the clock, which a busy machine may be the reason of."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What a tokenizer's library needs to know of it."""

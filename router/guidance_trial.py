@@ -20,7 +20,12 @@ from dataclasses import asdict, dataclass
 from llguidance import LLTokenizer
 
 from tessera.router.grammar import Grammar, GrammarKind
-from tessera.router.guidance_compile import GrammarError, Vocabulary, compile_grammar
+from tessera.router.guidance_compile import (
+    GrammarError,
+    GrammarTimeout,
+    Vocabulary,
+    compile_grammar,
+)
 
 MEMORY_BYTES = 512 * 2**20
 STACK_BYTES = 2**20
@@ -39,6 +44,7 @@ TOO_COMPLEX = "it takes too long or too much memory to compile; make it smaller 
 class _Reply:
     error: str | None  # a sentence that is safe to show
     num_bytes: int  # of memory that compiling took
+    may_change: bool = False  # the machine was slow, so perhaps not the grammar
 
 
 class TrialLost(Exception):
@@ -58,6 +64,7 @@ class Trial:
 
         Raises:
             GrammarError: it cannot be compiled within the limits, or at all.
+            GrammarTimeout: not within the time on the clock; another try may succeed.
             TrialLost: try again.
         """
         try:
@@ -67,7 +74,7 @@ class Trial:
             self.close()
             raise TrialLost from None
         if reply.error is not None:
-            raise GrammarError(reply.error)
+            raise GrammarTimeout(reply.error) if reply.may_change else GrammarError(reply.error)
         return reply.num_bytes
 
     def close(self) -> None:
@@ -113,8 +120,8 @@ def main() -> None:
         child = os.fork()
         if not child:
             _answer(tokenizer, json.loads(line), timeout_s)
-        if os.waitpid(child, 0)[1]:
-            _reply(TOO_COMPLEX, 0)
+        if status := os.waitpid(child, 0)[1]:
+            _reply(_Reply(TOO_COMPLEX, 0, may_change=os.WTERMSIG(status) == signal.SIGALRM))
 
 
 def _answer(tokenizer: LLTokenizer, message: dict[str, str], timeout_s: float) -> None:
@@ -129,7 +136,7 @@ def _answer(tokenizer: LLTokenizer, message: dict[str, str], timeout_s: float) -
     except BaseException:
         os._exit(1)  # a panic of the library
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _reply(error, (after - before) * 1024)
+    _reply(_Reply(error, (after - before) * 1024))
     os._exit(0)
 
 
@@ -143,8 +150,8 @@ def _limit(timeout_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _reply(error: str | None, num_bytes: int) -> None:
-    os.write(1, (json.dumps(asdict(_Reply(error, num_bytes))) + "\n").encode())
+def _reply(reply: _Reply) -> None:
+    os.write(1, (json.dumps(asdict(reply)) + "\n").encode())
 
 
 if __name__ == "__main__":

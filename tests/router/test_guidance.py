@@ -17,7 +17,8 @@ from tessera.router import guidance, guidance_compile
 from tessera.router.errors import OverloadedError, RouterError, ValidationError
 from tessera.router.grammar import Grammar, GrammarKind
 from tessera.router.guidance import GuideCompiler
-from tessera.router.guidance_compile import Vocabulary, eos_of
+from tessera.router.guidance_compile import GrammarTimeout, Vocabulary, eos_of
+from tessera.router.guidance_trial import Trial
 from tessera.router.tokenizer import Tokenizer
 from tests.router.guided_shards import allowed_ids
 from tests.router.json_schemas import UNSUPPORTED
@@ -251,6 +252,22 @@ def num_steps(matcher: LLMatcher) -> int:
             return step
         matcher.consume_token(chance.choice([i for i in allowed if i != EOS]))
     return 400
+
+
+def test_a_refusal_that_the_clock_made_is_not_remembered(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(trial: Trial, grammar: Grammar) -> int:
+        raise GrammarTimeout("it takes too long")
+
+    async def use(compiler: GuideCompiler) -> None:
+        with monkeypatch.context() as busy:
+            busy.setattr(Trial, "check", late)
+            with pytest.raises(ValidationError, match="it takes too long"):
+                await compiler.compile(INTEGER)
+        await compiler.compile(INTEGER)
+
+    with_compiler(vocabulary, use)
 
 
 def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:
