@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tessera.launcher.devices import Machine, installed_version
 from tessera.launcher.errors import LaunchError
+from tessera.launcher.init_process import serve_as_init
 from tessera.launcher.launch import Planner, launch
 from tessera.launcher.plan import plan_processes
 from tessera.launcher.settings import Settings
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None, planner: Planner = plan_process
     Returns:
         The exit code: 0 after SIGTERM or SIGINT, 1 after an error. A wrong flag exits with 2.
     """
+    serve_as_init()
     die_with_parent(death=signal.SIGTERM)
     environ = process_environment()
     try:

@@ -1,6 +1,7 @@
 """Settings that only the launcher needs, and where all settings come from."""
 
 import ipaddress
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -42,8 +43,6 @@ ABSENT = {
     "CUDA_GRAPHS": "there is nothing to set for graphs",
     "DISABLE_CUSTOM_KERNELS": "set BACKEND=reference for plain operations",
     "PROMETHEUS_PORT": "metrics are at /metrics of the HTTP port",
-    "OTLP_ENDPOINT": "there is no tracing; metrics are at /metrics",
-    "OTLP_SERVICE_NAME": "there is no tracing; metrics are at /metrics",
     "USAGE_STATS": "no usage statistics are collected",
     "ENABLE_PREFILL_LOGPROBS": "they are always available",
     "ROPE_SCALING": "it is read from the model's config.json",
@@ -158,6 +157,8 @@ def _check_hostname(merged: dict[str, str], *, is_flag: bool) -> list[str]:
     if is_flag:
         raise SettingsError(f"HOSTNAME={text!r} must be an IP address such as {DEFAULT_HOSTNAME}.")
     merged["HOSTNAME"] = DEFAULT_HOSTNAME
+    if text == socket.gethostname():
+        return []  # nobody has said it: containers and shells set this machine's own name
     return [f"HOSTNAME={text!r} is no IP address: listening on {DEFAULT_HOSTNAME} instead."]
 
 

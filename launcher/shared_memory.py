@@ -7,7 +7,6 @@ from tessera.proto.env import size_text
 
 FOLDER = Path("/dev/shm")
 NCCL_BYTES = 1 << 30  # for transport between GPUs that cannot reach each other directly
-HOST_BYTES = 48 << 20  # for the sums of ranks that share a host
 
 
 def check_shared_memory(wanted: int | None, kind: str, world_size: int, total: int) -> str:
@@ -19,8 +18,8 @@ def check_shared_memory(wanted: int | None, kind: str, world_size: int, total: i
         total: size of /dev/shm in bytes, 0 where there is none.
     """
     needed = wanted or 0
-    if wanted is None and world_size > 1:
-        needed = NCCL_BYTES if kind == "cuda" else HOST_BYTES
+    if wanted is None and world_size > 1 and kind == "cuda":
+        needed = NCCL_BYTES  # elsewhere ranks use no /dev/shm
     if total >= needed or (wanted is None and total == 0):
         return ""
     flag = size_text(needed).removesuffix("iB").replace(" ", "").lower()

@@ -21,7 +21,7 @@ from typing import IO
 
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.plan import ProcessSpec
-from tessera.proto.logs import CHILD, escaped
+from tessera.proto.logs import CHILD, FIELDS, LOG_KEYS, escaped
 
 logger = logging.getLogger("tessera.launcher")
 
@@ -161,20 +161,22 @@ class Child:
 
     def _relay(self, text: str, level: int) -> None:
         """Log one line of the child under its name; JSON log lines keep their level."""
-        level, message = _parse_log_line(text) or (level, text)
+        level, message, fields = _parse_log_line(text) or (level, text, {})
         self._tail.append(escaped(message))
         if message.startswith(ERROR_PREFIX):
             level = logging.DEBUG  # the launcher says it itself, as the reason why it ends
-        logger.log(level, "%s", message, extra={CHILD: self.name})
+        logger.log(level, "%s", message, extra={CHILD: self.name, FIELDS: fields})
 
 
-def _parse_log_line(text: str) -> tuple[int, str] | None:
+def _parse_log_line(text: str) -> tuple[int, str, dict[str, object]] | None:
+    """Level, message and fields of a line that our JSON formatter wrote."""
     if not text.startswith("{"):
         return None
     try:
         event = json.loads(text)
         level = logging.getLevelNamesMapping()[event["level"]]
-        return level, str(event["message"]) + _exception_of(event)
+        fields = {name: value for name, value in event.items() if name not in LOG_KEYS}
+        return level, str(event["message"]) + _exception_of(event), fields
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -142,6 +142,13 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
+def collector_address(text: str) -> str:
+    """Parse the address of an OTLP collector: scheme, host and port, nothing else."""
+    if not re.fullmatch(r"https?://[^\s/@?#]+:\d{1,5}/?", text):
+        raise ValueError("must be an address such as http://localhost:4317, without a path")
+    return text.rstrip("/")
+
+
 def fields_of(cls: type[Any]) -> Iterable[tuple[str, Any, SettingSpec]]:
     """(field name, default, spec) of every setting of a settings dataclass."""
     for field in dataclasses.fields(cls):

@@ -20,6 +20,10 @@ from typing import BinaryIO, TextIO, cast
 QUEUE_LINES = 10_000  # held for a reader that is slow; later lines are dropped, not waited for
 FLUSH_S = 2.0  # at exit
 CHILD = "child"  # attribute of a record: the name of the child process that said it
+LOG_KEYS = frozenset({"timestamp", "level", "message", "target", CHILD, "exception"})
+"""Of a JSON line; every other key is a field."""
+
+FIELDS = "fields"  # attribute of a record: what it says by name, a dict of texts and numbers
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))}
 _CONTROL |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t", 0x2028: "\\u2028"}
@@ -53,13 +57,15 @@ def configure_logging(
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-11-20T23:04:09.123Z INFO tessera.router.core: message`, on one line."""
+    """`2026-11-20T23:04:09.123Z INFO tessera.router.core: message name=value`, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One event as one line."""
         child = getattr(record, CHILD, "")
         source = f"[{child}]" if child else f"{record.name}:"
         line = f"{_timestamp(record)} {record.levelname:<7} {source} {escaped(_message(record))}"
+        for name, value in getattr(record, FIELDS, {}).items():
+            line += f" {escaped(name)}={escaped(str(value))}"
         return f"{line} | {escaped(trace)}" if (trace := _trace(record)) else line
 
 
@@ -78,7 +84,7 @@ class JsonFormatter(logging.Formatter):
             event[CHILD] = child
         if trace := _trace(record):
             event["exception"] = trace
-        return json.dumps(event)
+        return json.dumps({**getattr(record, FIELDS, {}), **event})
 
 
 def escaped(text: str) -> str:

@@ -45,6 +45,7 @@ class InfoReply(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    USED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     world_size: _builtins.int
     model_type: _builtins.str
@@ -59,6 +60,8 @@ class InfoReply(_message.Message):
     """positions in one KV-cache block"""
     vocab_size: _builtins.int
     """ids the sampler may return are below this"""
+    used_memory_bytes: _builtins.int
+    """now: tensors on an accelerator, the process on a CPU"""
     def __init__(
         self,
         *,
@@ -70,10 +73,11 @@ class InfoReply(_message.Message):
         backend: _builtins.str = ...,
         block_size: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
+        used_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "model_type", b"model_type", "rank", b"rank", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "model_type", b"model_type", "rank", b"rank", "used_memory_bytes", b"used_memory_bytes", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

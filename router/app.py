@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from tessera.router.docs import docs_routes
 from tessera.router.errors import MethodNotAllowed, NotFound, RouterError
 from tessera.router.generation import Generator
 from tessera.router.metrics import Metrics
-from tessera.router.middleware import REQUEST_ID, ApiKey, BodyLimit, LastResort, RequestIds
+from tessera.router.middleware import (
+    REQUEST_ID,
+    ApiKey,
+    BodyLimit,
+    LastResort,
+    ReplyCounter,
+    RequestIds,
+)
 from tessera.router.model_files import ModelFiles
 from tessera.router.native_api import NativeApi
 from tessera.router.notices import HEADER as WARNINGS
@@ -26,6 +34,8 @@ from tessera.router.openai_api import OpenAIApi
 from tessera.router.platform_api import PlatformApi
 from tessera.router.playground import playground_routes
 from tessera.router.replies import InternalError, error_reply, is_openai_path
+from tessera.router.request_log import RequestLog
+from tessera.router.request_record import Tracer
 from tessera.router.server_info import ServerInfo
 from tessera.router.settings import RouterSettings
 from tessera.router.ticket import Desk
@@ -40,8 +50,11 @@ def create_app(
     validator: Validator,
     files: ModelFiles,
     metrics: Metrics,
+    tracer: Tracer | None = None,
 ) -> Starlette:
     """Both APIs over one generator.
+
+    `tracer` is told of every request that asks for something.
 
     It can serve before the model is ready: until `generator.ready` is true, /health and everything
     that generates answer 503.
@@ -55,18 +68,20 @@ def create_app(
         version=version("tessera"),
         started_at=int(time.time()),
     )
+    metrics.server.describe(info.version, info.model_name, info.model_sha)
     native = NativeApi(generator, validator, desk, metrics, info)
     openai = OpenAIApi(generator, validator, desk, info)
     platforms = PlatformApi(native, openai)
     docs = docs_routes(info.version)
     page = playground_routes(settings.payload_limit) if settings.playground else []
+    routes = [*native.routes(), *openai.routes(), *platforms.routes(), *docs, *page]
     app = Starlette(
-        routes=[*native.routes(), *openai.routes(), *platforms.routes(), *docs, *page],
+        routes=routes,
         exception_handlers={
             RouterError: _on_router_error,
             HTTPException: _on_http_exception,
         },
-        middleware=_middleware(settings),
+        middleware=_middleware(settings, metrics, routes, info.model_name, tracer),
     )
     app.router.redirect_slashes = False  # an unknown address is a 404, not a redirect
     return app
@@ -80,10 +95,19 @@ def _model_name(settings: RouterSettings, files: ModelFiles) -> str:
     return settings.model_id if is_hub_id else files.folder.absolute().name
 
 
-def _middleware(settings: RouterSettings) -> list[Middleware]:
+def _middleware(
+    settings: RouterSettings,
+    metrics: Metrics,
+    routes: Sequence[Route],
+    model_name: str,
+    tracer: Tracer | None,
+) -> list[Middleware]:
     """From the outside in."""
+    paths = frozenset(route.path for route in routes)
     layers = [
+        Middleware(ReplyCounter, metrics=metrics.server, paths=paths),
         Middleware(RequestIds),
+        Middleware(RequestLog, paths=paths, model_name=model_name, tracer=tracer),
         Middleware(LastResort),
         Middleware(
             CORSMiddleware,

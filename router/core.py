@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -15,7 +16,9 @@ from tessera.router.errors import GenerationError, NotReadyError, OverloadedErro
 from tessera.router.generation import ServingLimits
 from tessera.router.guidance_masks import GuidanceMasks
 from tessera.router.in_flight import InFlight, RequestStream
-from tessera.router.metrics import Metrics, StepKind
+from tessera.router.metrics import Metrics
+from tessera.router.metrics.steps import StepKind, kind_of
+from tessera.router.progress import Progress
 from tessera.router.queue_time import QueueTime
 from tessera.router.request import Request
 from tessera.router.scheduler import Scheduler, SchedulerLimits, StepPlan
@@ -33,7 +36,9 @@ class _SentStep:
     step_id: int
     kind: StepKind
     num_tokens: int
+    num_pictures: int
     sent_at: float
+    traced: Seq[Progress]  # of the requests whose traces tell how long their steps took
 
 
 class Core:
@@ -63,6 +68,7 @@ class Core:
         self._limits: ServingLimits | None = None
         self._scheduler: Scheduler | None = None
         self._in_flight: dict[int, InFlight] = {}
+        self._answered_at = 0.0  # when the last step came back
         self._masks = GuidanceMasks(shards, self._on_mask_failure)
         self._ids = count(1)
         self._wake = asyncio.Event()
@@ -87,6 +93,7 @@ class Core:
         """Take requests from now on; called once, after the warm-up."""
         self._limits = limits
         self._scheduler = Scheduler(scheduling, pool)
+        self._metrics.open(limits, self._scheduler)
 
     def drain(self) -> None:
         """Refuse new requests; those under way go on."""
@@ -99,12 +106,15 @@ class Core:
         sequence = Sequence(next(self._ids), request)
         stream = RequestStream(sequence, cancel=partial(self.cancel, sequence))
         self._in_flight[sequence.sequence_id] = InFlight(
-            sequence, stream, self._tokenizer, self._eos_ids, time.perf_counter()
+            sequence,
+            stream,
+            self._tokenizer,
+            self._eos_ids,
+            self._metrics.requests,
         )
         self._scheduler.add(sequence)
         self._queue_time.add(sequence.sequence_id)
         self._set_queue_timer()
-        self._report_load(self._scheduler)
         self._wake.set()
         return stream
 
@@ -151,9 +161,11 @@ class Core:
         under_way: deque[_SentStep] = deque()
         while True:
             while len(under_way) <= self._lookahead:
+                started = time.perf_counter()
                 plan = scheduler.next_step()
+                self._metrics.steps.planned(plan, time.perf_counter() - started)
+                self._note_preempted(plan)
                 self._end_overdue()
-                self._report_load(scheduler)
                 if plan.is_empty:
                     break
                 under_way.append(await self._send(plan))
@@ -163,13 +175,18 @@ class Core:
                 self._wake.clear()
                 await self._wake.wait()
 
+    def _note_preempted(self, plan: StepPlan) -> None:
+        now = time.perf_counter()
+        for sequence in plan.preempted:
+            self._in_flight[sequence.sequence_id].stream.progress.preempted_at.append(now)
+
     def _end_overdue(self) -> None:
         """End the requests that have waited too long; those that were let in once go on."""
         for sequence_id in self._queue_time.take_overdue():
             flight = self._in_flight.get(sequence_id)
             if flight is not None and not flight.sequence.was_admitted:
                 limit = self._queue_time.max_queue_time_s
-                flight.stream.push(
+                flight.stream.fail(
                     OverloadedError(
                         f"Model is overloaded: the request was not let in within {limit:g} seconds "
                         "(MAX_QUEUE_TIME). Retry later, or raise MAX_QUEUE_TIME."
@@ -191,25 +208,33 @@ class Core:
 
     async def _send(self, plan: StepPlan) -> "_SentStep":
         now = time.perf_counter()
+        traced = []
         for sequence in plan.sequences:
-            self._in_flight[sequence.sequence_id].start(now)
-        if joined := sum(chunk.is_start for chunk in plan.chunks):
-            self._metrics.batch_joined(joined)
-        kind: StepKind = "prefill" if plan.chunks else "decode"
+            flight = self._in_flight[sequence.sequence_id]
+            flight.start(now)
+            if flight.stream.progress.is_traced:
+                traced.append(flight.stream.progress)
         step_id = await self._shards.send(plan)
         self._masks.expect(step_id, plan, self._in_flight)
         self._masks.compute()
-        return _SentStep(step_id, kind, plan.num_tokens, now)
+        return _SentStep(step_id, kind_of(plan), plan.num_tokens, len(plan.images), now, traced)
 
     async def _receive(self, step: "_SentStep", scheduler: Scheduler) -> None:
         try:
             reply = await self._shards.receive(step.step_id)
         except ShardsLost:
-            self._metrics.step_failed(step.kind)
+            self._metrics.steps.lost(step.kind)
             raise
-        seconds = time.perf_counter() - step.sent_at
-        self._metrics.step(step.kind, seconds, step.num_tokens, reply)
+        # A step sent ahead of time begins when the one before it is done.
+        began, now = max(step.sent_at, self._answered_at), time.perf_counter()
+        self._answered_at = now
+        self._metrics.steps.answered(
+            step.kind, now - began, step.num_tokens, step.num_pictures, reply
+        )
+        for progress in step.traced:
+            progress.step_done(reply)
         self._apply(reply, scheduler)
+        self._metrics.steps.taken(step.kind, time.perf_counter() - now)
 
     def _apply(self, reply: shard_pb2.StepReply, scheduler: Scheduler) -> None:
         """Take a step's results. Requests cancelled meanwhile are no longer in flight."""
@@ -239,13 +264,13 @@ class Core:
             self._fail(flight, GenerationError("internal error"))
 
     def _fail(self, flight: InFlight, error: RouterError) -> None:
-        flight.stream.push(error)
+        flight.stream.fail(error)
         self.cancel(flight.sequence, is_tainted=True)
 
     def _on_mask_failure(self, sequence_id: int, reason: str) -> None:
         logger.warning("request %d failed: %s", sequence_id, reason)
         flight = self._in_flight[sequence_id]
-        flight.stream.push(GenerationError(reason))
+        flight.stream.fail(GenerationError(reason))
         self.cancel(flight.sequence)  # what it computed is sound, so others may find it
 
     def _start_over(self, flight: InFlight, scheduler: Scheduler) -> None:
@@ -255,18 +280,6 @@ class Core:
         flight.sequence = scheduler.start_over(flight.sequence, next(self._ids))
         flight.stream.follow(partial(self.cancel, flight.sequence))
         self._in_flight[flight.sequence.sequence_id] = flight
-
-    def _report_load(self, scheduler: Scheduler) -> None:
-        pool, size = scheduler.pool, scheduler.pool.block_size
-        self._metrics.queue_size(len(scheduler.waiting))
-        self._metrics.batch_size(len(scheduler.running))
-        self._metrics.cache_tokens(
-            used=(pool.num_blocks - pool.num_free) * size,
-            kept=pool.num_kept * size,
-            total=pool.num_blocks * size,
-            features=scheduler.images.encoded_tokens,
-        )
-        self._metrics.scheduler_counts(scheduler.counts)
 
     def _why_not_ready(self) -> str:
         if self._lost is not None:

@@ -16,8 +16,6 @@ T = TypeVar("T")
 KEEP_ALIVE_S = 15.0
 KEEP_ALIVE = b":\n\n"
 DONE = "data: [DONE]\n\n"
-MOST_JOINED_BYTES = 65_536
-"""From which on events are sent even if more are ready."""
 
 # Made once: `json.dumps` makes one for every call.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
@@ -85,29 +83,25 @@ class EventStream(Response):
     Servers tell in two ways that a client is gone, by an `http.disconnect` message or by an error
     from `send`; either ends the stream at once, also while no event is due. After `keep_alive_s`
     seconds of silence a comment goes out so that proxies do not take the connection for dead.
-
-    Events that are ready at the same moment, as `more_ready` tells, go out together: a client that
-    reads slowly, or a busy server, costs one write instead of one for each.
     """
 
     def __init__(
         self,
-        events: AsyncGenerator[str, None],
+        texts: AsyncGenerator[str, None],
         on_end: Callable[[], None],
         headers: dict[str, str],
         keep_alive_s: float = KEEP_ALIVE_S,
-        more_ready: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`texts`: one or several events each; what is ready together is best written together."""
         super().__init__(headers=headers | _HEADERS)
         # The base class has announced an empty body.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
-        self._events = events
+        self._texts = texts
         self._on_end = on_end
         self._keep_alive_s = keep_alive_s
-        self._more_ready = more_ready
         self._last_sent = 0.0
-        self._sending = asyncio.Lock()
-        self._open = False  # between the head and the end of the body
+        self._is_sending = True  # no comment before the head, nor into a pause for a slow client
+        self._commenting = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -129,19 +123,20 @@ class EventStream(Response):
     async def _send_events(self, send: Send) -> None:
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        self._open = True
-        joined = ""
-        async with aclosing(self._events) as events:
-            async for text in events:
-                joined += text
-                if not self._more_ready() or len(joined) > MOST_JOINED_BYTES:
-                    await self._send(send, joined.encode("ascii"))
-                    joined = ""
-        if joined:  # what was ready was the end
-            await self._send(send, joined.encode("ascii"))
-        async with self._sending:
-            self._open = False
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._is_sending = False
+        clock = asyncio.get_running_loop().time
+        async with aclosing(self._texts) as texts:
+            async for text in texts:
+                self._is_sending = True
+                if self._commenting.locked():
+                    await self._commented()
+                body = text.encode("ascii")
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                self._last_sent = clock()
+                self._is_sending = False
+        self._is_sending = True  # for good
+        await self._commented()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
         """Runs until cancelled."""
@@ -149,14 +144,17 @@ class EventStream(Response):
         self._last_sent = clock()
         while True:
             await asyncio.sleep(self._last_sent + self._keep_alive_s - clock())
-            if clock() - self._last_sent >= self._keep_alive_s:
-                await self._send(send, KEEP_ALIVE)
+            if clock() - self._last_sent < self._keep_alive_s:
+                continue
+            if not self._is_sending:
+                async with self._commenting:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._last_sent = clock()
 
-    async def _send(self, send: Send, content: bytes) -> None:
-        async with self._sending:  # a comment must not come before the head nor after the end
-            if self._open:
-                await send({"type": "http.response.body", "body": content, "more_body": True})
-            self._last_sent = asyncio.get_running_loop().time()
+    async def _commented(self) -> None:
+        """Wait for a comment that is on its way, so that it does not come after the end."""
+        async with self._commenting:
+            pass
 
 
 async def _client_left(receive: Receive) -> None:

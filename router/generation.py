@@ -1,10 +1,13 @@
 """What the HTTP side expects of the loop that runs requests. `router.core` implements it."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from tessera.router.progress import Progress
 from tessera.router.request import Request, TokenEvent, TokenInfo
+
+MOST_AT_ONCE = 64
+"""Events that are read, and written, together where a client lags behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +25,24 @@ class ServingLimits:
 
 
 class TokenStream(Protocol):
-    """One request in flight. Whoever got it must call `close`, however its iteration ended."""
+    """One request in flight. Whoever got it must call `close`, however its reading ended."""
 
     prompt_tokens: int  # image tokens included
     image_tokens: int
+    progress: Progress  # how far it is
     cached_tokens: int  # prompt tokens found in the prefix cache; final with the first event
     prompt_logprobs: list[TokenInfo]
     """One entry per prompt token, filled when the first event is out and
     `sampling.prompt_logprobs` was set; the first logprob is nan."""
 
-    @property
-    def num_ready(self) -> int:
-        """Events and errors that can be read without waiting."""
-        ...
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for the next event; it and what has come after it, at most `MOST_AT_ONCE` in all.
 
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """The events in order; the one with `completion` is the last. Raises `RouterError`s."""
+        The one with `completion` is the last. Empty: the stream has ended without one.
+
+        Raises:
+            RouterError: the request failed, and all events before that have been read.
+        """
         ...
 
     def close(self) -> None:

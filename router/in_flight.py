@@ -1,13 +1,15 @@
 """A request under way: what its client has been told, and what it is told next."""
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from tessera.proto import shard_pb2
 from tessera.router.errors import RouterError
+from tessera.router.generation import MOST_AT_ONCE
+from tessera.router.metrics.requests import RequestMetrics
 from tessera.router.output import Output
+from tessera.router.progress import Progress
 from tessera.router.request import Completion, FinishReason, Timings, TokenEvent, TokenInfo
 from tessera.router.sequence import Sequence
 from tessera.router.tokenizer import Tokenizer
@@ -21,35 +23,38 @@ class RequestStream:
         self.prompt_tokens = len(request.prompt_ids)
         self.image_tokens = request.num_image_tokens
         self.cached_tokens = 0
+        self.progress = Progress()
         self.prompt_logprobs: list[TokenInfo] = []
         self._cancel = cancel
         # Bounded by the request's own max_new_tokens.
-        self._events: deque[TokenEvent | RouterError] = deque()
+        self._events: list[TokenEvent] = []
+        self._error: RouterError | None = None  # what follows the events
         self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
 
-    @property
-    def num_ready(self) -> int:
-        """Events and errors that can be read without waiting."""
-        return len(self._events)
-
-    def push(self, event: TokenEvent | RouterError) -> None:
-        """Hand the client its next event or its error."""
+    def push(self, event: TokenEvent) -> None:
+        """Hand the client its next event."""
         self._events.append(event)
+        self._wake_reader()
+
+    def fail(self, error: RouterError) -> None:
+        """Hand the client its error, behind the events it has not read yet."""
+        self._error = error
+        self._wake_reader()
+
+    async def next_events(self) -> list[TokenEvent]:
+        """See `generation.TokenStream`; to be called by one reader at a time."""
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        events = self._events
+        self._events = events[MOST_AT_ONCE:]
+        return events[:MOST_AT_ONCE]
+
+    def _wake_reader(self) -> None:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """The events in order; the one with `completion` is the last."""
-        while True:
-            while not self._events:
-                self._arrival = asyncio.get_running_loop().create_future()
-                await self._arrival
-            event = self._events.popleft()
-            if isinstance(event, RouterError):
-                raise event
-            yield event
-            if event.completion is not None:
-                return
 
     def follow(self, cancel: Callable[[], None]) -> None:
         """Its request goes on as another sequence, which `cancel` forgets."""
@@ -63,7 +68,7 @@ class RequestStream:
 class InFlight:
     """Turns the tokens that come back for a sequence into the events of its stream.
 
-    All times are seconds of the same clock.
+    All times are `time.perf_counter()`.
     """
 
     def __init__(
@@ -72,23 +77,29 @@ class InFlight:
         stream: RequestStream,
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
-        now: float,
+        metrics: RequestMetrics,
     ) -> None:
         self.sequence = sequence
         self.stream = stream
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._output = Output(tokenizer, sequence.request)
-        self._submitted_at = now
-        self._started_at: float | None = None
-        self._first_token_at: float | None = None
+        self._progress = stream.progress
+        self._metrics = metrics
         self._prompt_logprobs: list[float] = []
 
     def start(self, now: float) -> None:
         """Note that a step computes something for it."""
-        if self._started_at is None:
-            self._started_at = now
-            self.stream.cached_tokens = self.sequence.num_cached
+        progress, stream = self._progress, self.stream
+        if progress.started_at is None:
+            progress.started_at = now
+            stream.cached_tokens = self.sequence.num_cached
+            self._metrics.first_step(
+                now - progress.submitted_at,
+                stream.prompt_tokens,
+                stream.cached_tokens,
+                stream.image_tokens,
+            )
 
     def add_prompt_logprobs(self, first_position: int, logprobs: Seq[float]) -> None:
         """Take the scores of a chunk; a prompt computed again repeats what is already known."""
@@ -97,13 +108,20 @@ class InFlight:
 
     def tell(self, token: shard_pb2.SampledToken, now: float) -> bool:
         """Tell the client about one more token; returns whether it was the last."""
-        if self._first_token_at is None:
-            self._first_token_at = now
+        progress, request = self._progress, self.sequence.request
+        if progress.last_token_at is None:
+            progress.first_token_at = now
+            self._metrics.first_token(request.validation_s + now - progress.submitted_at)
             self._publish_prompt_logprobs()
+        else:
+            self._metrics.next_token(now - progress.last_token_at)
+        progress.last_token_at = now
+        progress.generated_tokens = self.sequence.num_generated
         step = self._output.add(token.token_id)
         text, completion = step.text, None
         reason = self._finish_reason(token.token_id, step.stopped)
         if reason is not None:
+            progress.finish_reason = reason
             text += self._output.finish()
             completion = self._completion(reason, now)
         is_special = self._tokenizer.is_special(token.token_id)
@@ -124,14 +142,14 @@ class InFlight:
         return None
 
     def _completion(self, reason: FinishReason, now: float) -> Completion:
-        request = self.sequence.request
-        started = self._started_at or now
+        request, progress = self.sequence.request, self._progress
+        submitted, started = progress.submitted_at, progress.started_at or now
         timings = Timings(
-            total=request.validation_s + now - self._submitted_at,
+            total=request.validation_s + now - submitted,
             validation=request.validation_s,
-            queue=started - self._submitted_at,
+            queue=started - submitted,
             inference=now - started,
-            first_token=(self._first_token_at or now) - self._submitted_at,
+            first_token=(progress.first_token_at or now) - submitted,
         )
         seed = request.sampling.seed if request.sampling.temperature > 0 else None
         return Completion(reason, self._output.text, self.sequence.num_generated, seed, timings)

@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,6 +30,9 @@ from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardGroup, ShardsLost, WarmupFailed
 from tessera.router.tokenizer import Tokenizer
 from tessera.router.validation import Validator
+
+if TYPE_CHECKING:
+    from tessera.router.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ async def _serve(settings: RouterSettings) -> int:
     )
     metrics = Metrics()
     shards = ShardGroup(shard_targets(settings))
+    metrics.ranks.follow(shards.ranks)
     core = Core(
         shards,
         tokenizer,
@@ -73,8 +79,9 @@ async def _serve(settings: RouterSettings) -> int:
         lookahead=settings.lookahead,
         max_queue_time_s=settings.max_queue_time,
     )
-    validator = Validator(settings, core, tokenizer, files, template)
-    app = create_app(settings, core, validator, files, metrics)
+    validator = Validator(settings, core, tokenizer, files, template, metrics)
+    tracing = _tracing(settings)
+    app = create_app(settings, core, validator, files, metrics, tracing)
     server = _Server(server_config(app, settings))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,7 +104,19 @@ async def _serve(settings: RouterSettings) -> int:
         finally:
             await shards.close()
             validator.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
     return 0
+
+
+def _tracing(settings: RouterSettings) -> "Tracing | None":
+    """What sends traces; without a collector the library is not even imported."""
+    if not settings.otlp_endpoint:
+        return None
+    from tessera.router.tracing import Tracing, otlp_exporter
+
+    exporter = otlp_exporter(settings.otlp_endpoint)
+    return Tracing(exporter, settings.otlp_service_name, version("tessera"))
 
 
 class _Server(uvicorn.Server):

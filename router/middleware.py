@@ -4,19 +4,25 @@ import hmac
 import logging
 import re
 import uuid
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.router.docs import PATHS as DOCS_PATHS
 from tessera.router.errors import PayloadTooLarge, Unauthorized, UnsupportedBody
+from tessera.router.metrics.server import OTHER, ServerMetrics
 from tessera.router.playground import PATHS as PLAYGROUND_PATHS
 from tessera.router.replies import InternalError, error_reply
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+CLIENT_LEFT = 499
+"""Counted where a client left before its reply began; nginx calls it so."""
+
 OPEN_PATHS = frozenset({"/", "/health", "/ping"}) | PLAYGROUND_PATHS | DOCS_PATHS
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
@@ -42,6 +48,44 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class ReplyCounter:
+    """Counts every reply once, by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, paths: Collection[str]) -> None:
+        """`paths`: the addresses there are, for replies that are given before the routing."""
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def counting_send(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                self._count(scope, message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting_send)
+        finally:
+            if not has_begun:
+                self._count(scope, CLIENT_LEFT)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route, path = scope.get("route"), scope["path"]
+        if isinstance(route, Route):
+            path = route.path
+        elif path not in self._paths:
+            path = OTHER  # what clients make up must not become labels
+        self._metrics.replied(scope["method"], path, status)
 
 
 class LastResort:

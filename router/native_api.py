@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from functools import partial
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -27,12 +26,11 @@ from tessera.router.native_replies import (
 )
 from tessera.router.picture_tasks import PictureTask, read_root_body
 from tessera.router.replies import InternalError, Json, error_reply, native_error
-from tessera.router.request import TokenEvent
 from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import collect_all, merge, more_ready, started
+from tessera.router.token_streams import Batch, collect_all, merge, started
 from tessera.router.validation import Plan, Validator
 
 logger = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class NativeApi:
         A bare picture is captioned, and one with a question beside it is asked about.
         """
         full_text = self.info.default_full_text
-        with self.desk.ticket(request.state.request_id) as ticket:
+        with self.desk.ticket(request.state.record) as ticket:
             body = await read_root_body(request)
             if isinstance(body, PictureTask):
                 return await self._picture_task(request, ticket, body)
@@ -80,7 +78,7 @@ class NativeApi:
 
     async def generate(self, request: HttpRequest) -> Response:
         """POST /generate: one JSON object when all is done."""
-        with self.desk.ticket(request.state.request_id) as ticket:
+        with self.desk.ticket(request.state.record) as ticket:
             body = await read_body(request, GenerateBody)
             reply, headers = await self._generate(request, ticket, body, False)
             return Json(reply, headers=headers)
@@ -91,7 +89,7 @@ class NativeApi:
         The status is sent when the first token or the error is known, so that a refusal is a
         status. Later errors are the last event.
         """
-        with self.desk.ticket(request.state.request_id) as ticket:
+        with self.desk.ticket(request.state.record) as ticket:
             body = await read_body(request, GenerateBody)
             return await self._stream(request, ticket, body, False)
 
@@ -134,7 +132,8 @@ class NativeApi:
     async def _submit(self, request: HttpRequest, ticket: Ticket, plan: Plan) -> list[Generation]:
         arrived = time.perf_counter()
         ticket.admit(plan.count)
-        building = self.validator.build(plan, arrived, fairness_key(request.headers))
+        key, stages = fairness_key(request.headers), request.state.record.stages
+        building = self.validator.build(plan, arrived, key, stages)
         requests = await unless_client_leaves(request, building)
         return ticket.submit(requests)
 
@@ -168,13 +167,12 @@ class NativeApi:
         generations = await self._submit(
             request, ticket, self.validator.plan_native(body, streaming=True)
         )
-        events = await unless_client_leaves(request, started(merge(generations)))
+        batches = await unless_client_leaves(request, started(merge(generations)))
         ticket.keep()
         return EventStream(
-            _stream_events(events, generations[0], body.options, full_text, ticket),
+            _stream_events(batches, generations[0], body.options, full_text, ticket),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
-            more_ready=partial(more_ready, generations),
         )
 
 
@@ -183,7 +181,7 @@ def _wants_full_text(options: GenerateParameters, default: bool) -> bool:
 
 
 async def _stream_events(
-    events: AsyncIterator[tuple[int, TokenEvent]],
+    batches: AsyncGenerator[Batch, None],
     generation: Generation,
     options: GenerateParameters,
     full_text: bool,
@@ -194,12 +192,15 @@ async def _stream_events(
     wants_top = bool(options.top_n_tokens)
     index = 0
     try:
-        async for _, step in events:
-            index += 1
-            if step.completion is None:
-                yield json_event(plain_event(index, step, wants_top=wants_top))
-            else:
-                yield event(stream_event(index, step, generation, options, wants_full))
+        async for batch in batches:
+            text = ""
+            for _, step in batch:
+                index += 1
+                if step.completion is None:
+                    text += json_event(plain_event(index, step, wants_top=wants_top))
+                else:
+                    text += event(stream_event(index, step, generation, options, wants_full))
+            yield text
     except RouterError as error:
         ticket.failed(error)
         yield event(native_error(error))

@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -26,7 +25,7 @@ from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, collect_all, merge, more_ready, started
+from tessera.router.token_streams import Collected, collect_all, merge, started
 from tessera.router.validation import Plan, Validator
 
 
@@ -50,7 +49,7 @@ class OpenAIApi:
 
     async def chat(self, request: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        with self.desk.ticket(request.state.request_id) as ticket:
+        with self.desk.ticket(request.state.record) as ticket:
             body = await read_body(request, ChatBody)
             began = time.perf_counter()
             plan = self.validator.plan_chat(body)
@@ -68,7 +67,7 @@ class OpenAIApi:
 
     async def completions(self, request: HttpRequest) -> Response:
         """POST /v1/completions."""
-        with self.desk.ticket(request.state.request_id) as ticket:
+        with self.desk.ticket(request.state.record) as ticket:
             body = await read_body(request, CompletionBody)
             began = time.perf_counter()
             plan = self.validator.plan_completion(body)
@@ -113,7 +112,8 @@ class OpenAIApi:
         self, request: HttpRequest, ticket: Ticket, plan: Plan, arrived: float
     ) -> list[Generation]:
         ticket.admit(plan.count)
-        building = self.validator.build(plan, arrived, fairness_key(request.headers))
+        key, stages = fairness_key(request.headers), request.state.record.stages
+        building = self.validator.build(plan, arrived, key, stages)
         requests = await unless_client_leaves(request, building)
         return ticket.submit(requests)
 
@@ -140,12 +140,11 @@ class OpenAIApi:
         envelope: dict[str, Any],
         body: OpenAIBody,
     ) -> Response:
-        events = await unless_client_leaves(request, started(merge(generations)))
+        batches = await unless_client_leaves(request, started(merge(generations)))
         ticket.keep()
         chunks = Chunks(envelope, wants_usage=body.wants_usage_chunk)
         return EventStream(
-            chunk_events(events, generations, ticket, writer, chunks, body),
+            chunk_events(batches, generations, ticket, writer, chunks, body),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
-            more_ready=partial(more_ready, generations),
         )

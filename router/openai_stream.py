@@ -4,7 +4,7 @@ All chunks of a stream share everything but their choice, so that part is writte
 """
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from tessera.router.errors import RouterError
@@ -15,6 +15,7 @@ from tessera.router.replies import InternalError, openai_error
 from tessera.router.request import TokenEvent
 from tessera.router.schemas import OpenAIBody
 from tessera.router.ticket import Generation, Ticket
+from tessera.router.token_streams import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Chunks:
 
 
 async def chunk_events(
-    events: AsyncIterator[tuple[int, TokenEvent]],
+    batches: AsyncGenerator[Batch, None],
     generations: Sequence[Generation],
     ticket: Ticket,
     writer: ChoiceWriter,
@@ -60,17 +61,20 @@ async def chunk_events(
     """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
     completions = []
     try:
-        async for index, step in events:
-            choices = writer.choices(index, step)
-            if step.completion is not None:
-                completions.append(step.completion)
-            if len(completions) < len(generations) or body.wants_usage_chunk:
-                if choices:
-                    yield "".join(map(chunks.one, choices))
-            else:
-                *choices, last = choices
-                warnings = warnings_field(generations)
-                yield "".join(map(chunks.one, choices)) + chunks.one(last, warnings)
+        async for batch in batches:
+            text = ""
+            for index, step in batch:
+                choices = writer.choices(index, step)
+                if step.completion is not None:
+                    completions.append(step.completion)
+                if len(completions) < len(generations) or body.wants_usage_chunk:
+                    text += "".join(map(chunks.one, choices))
+                else:
+                    *choices, last = choices
+                    warnings = warnings_field(generations)
+                    text += "".join(map(chunks.one, choices)) + chunks.one(last, warnings)
+            if text:
+                yield text
         if body.wants_usage_chunk:
             counts = usage(generations, completions, body)
             yield chunks.usage(counts, warnings_field(generations))

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from tessera.router.errors import ValidationError
+from tessera.router.request_record import Stages
 from tessera.router.settings import RouterSettings
 
 CONCURRENT_FETCHES = 4
@@ -15,6 +16,7 @@ class PictureAllowance:
     """Counts down as pictures are read and decoded. Used on the event loop only."""
 
     settings: RouterSettings
+    stages: Stages = field(default_factory=Stages)  # where the time it takes is noted
     num_bytes: int = field(init=False)  # that may still be fetched by URL or read by path
     pixels: int = field(init=False)  # that may still be decoded
     fetched: dict[str, bytes] = field(default_factory=dict, repr=False)  # by URL as it was written

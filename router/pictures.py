@@ -6,6 +6,7 @@ all of them fit; the last resort is a picture's overview alone.
 """
 
 import asyncio
+import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -17,6 +18,7 @@ from tessera.router.fair_threads import FairThreads
 from tessera.router.image_fetch import ImageFetcher
 from tessera.router.images import count_pixels, decode_image_source, prepare_image, scheme_of
 from tessera.router.local_images import LocalImages
+from tessera.router.metrics.pictures import PictureMetrics
 from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.request import PreparedImage
 from tessera.router.settings import RouterSettings
@@ -27,13 +29,16 @@ T = TypeVar("T")
 class Pictures:
     """Prepares pictures for one model."""
 
-    def __init__(self, layout: ImageLayout, settings: RouterSettings) -> None:
+    def __init__(
+        self, layout: ImageLayout, settings: RouterSettings, metrics: PictureMetrics
+    ) -> None:
         """Start no thread yet.
 
         Raises:
             SettingsError: the settings name hosts or folders that cannot be.
         """
         self._layout = layout
+        self._metrics = metrics
         self._max_pixels = settings.max_image_pixels
         self._threads = FairThreads(settings.validation_workers, "pictures")
         self._fetcher = ImageFetcher(settings)
@@ -65,19 +70,21 @@ class Pictures:
         Raises:
             ValidationError: one of them cannot be used; says which.
         """
-        files = await self._read(sources, allowance)
+        with allowance.stages.measured("read pictures"):
+            files = await self._read(sources, allowance)
         # What one picture can become at most: a picture on its own is never decoded twice.
         most = None if room is None else room - (len(sources) - 1) * self._layout.min_tokens
         everything = dict(enumerate(files))
         limits: dict[int, int | None] = dict.fromkeys(everything, most)
         limits.update(dict.fromkeys(overviews, self._layout.min_tokens))
-        images = await self._decode(everything, limits, allowance)
-        if room is not None:
-            sizes = [(image.height, image.width) for image in images.values()]
-            tokens = fitting_tokens(self._layout, sizes, room, overviews)
-            limits.update(enumerate(tokens))
-            too_large = {i: files[i] for i in images if images[i].num_tokens > tokens[i]}
-            images |= await self._decode(too_large, limits, allowance)
+        with allowance.stages.measured("decode pictures"):
+            images = await self._decode(everything, limits, allowance)
+            if room is not None:
+                sizes = [(image.height, image.width) for image in images.values()]
+                tokens = fitting_tokens(self._layout, sizes, room, overviews)
+                limits.update(enumerate(tokens))
+                too_large = {i: files[i] for i in images if images[i].num_tokens > tokens[i]}
+                images |= await self._decode(too_large, limits, allowance)
         return [images[index] for index in range(len(sources))]
 
     async def _read(self, sources: Sequence[str], allowance: PictureAllowance) -> list[bytes]:
@@ -99,7 +106,7 @@ class Pictures:
         scheme = scheme_of(source)
         if scheme in ("http", "https"):
             if source not in allowance.fetched:
-                allowance.fetched[source] = await self._fetcher.fetch(source, allowance)
+                allowance.fetched[source] = await self._fetch(source, allowance)
             return allowance.fetched[source]
         if scheme == "file" or self._local.covers(source):
             read = partial(self._local.read, source, max(0, allowance.num_bytes))
@@ -108,20 +115,36 @@ class Pictures:
             return data
         return await self._threads.run(allowance, partial(decode_image_source, source))
 
+    async def _fetch(self, url: str, allowance: PictureAllowance) -> bytes:
+        began = time.perf_counter()
+        try:
+            return await self._fetcher.fetch(url, allowance)
+        finally:
+            self._metrics.fetched(time.perf_counter() - began)
+
     async def _decode(
         self,
         files: Mapping[int, bytes],
         max_tokens: Mapping[int, int | None],
         allowance: PictureAllowance,
     ) -> dict[int, PreparedImage]:
-        layout, max_pixels = self._layout, self._max_pixels
         jobs = {
-            index: self._threads.run(
-                allowance, partial(prepare_image, data, layout, max_pixels, max_tokens[index])
-            )
+            index: self._prepare(data, max_tokens[index], allowance)
             for index, data in files.items()
         }
         return await _all(jobs, len(max_tokens))
+
+    async def _prepare(
+        self, data: bytes, max_tokens: int | None, allowance: PictureAllowance
+    ) -> PreparedImage:
+        def prepare() -> tuple[PreparedImage, float]:
+            began = time.perf_counter()
+            image = prepare_image(data, self._layout, self._max_pixels, max_tokens)
+            return image, time.perf_counter() - began
+
+        image, seconds = await self._threads.run(allowance, prepare)
+        self._metrics.decoded(seconds)
+        return image
 
 
 async def _all(jobs: Mapping[int, Coroutine[Any, Any, T]], num_pictures: int) -> dict[int, T]:

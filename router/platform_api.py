@@ -56,7 +56,7 @@ class PlatformApi:
         """POST /vertex: one text for each of several native prompts or chats."""
         began = time.perf_counter()
         native = self.native
-        with native.desk.ticket(request.state.request_id) as ticket:
+        with native.desk.ticket(request.state.record) as ticket:
             body = await read_body(request, VertexBody)
             plans = [self._plan(index, one) for index, one in enumerate(body.instances)]
             generations = await self._submit(request, ticket, plans, began)
@@ -78,10 +78,10 @@ class PlatformApi:
         self, request: HttpRequest, ticket: Ticket, plans: Sequence[Plan], arrived: float
     ) -> list[Generation]:
         ticket.admit(sum(plan.count for plan in plans))
-        key = fairness_key(request.headers)
+        key, stages = fairness_key(request.headers), request.state.record.stages
         requests = []
         for plan in plans:
-            building = self.native.validator.build(plan, arrived, key)
+            building = self.native.validator.build(plan, arrived, key, stages)
             requests += await unless_client_leaves(request, building)
         return ticket.submit(requests)
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from tessera.router.chat_messages import plain_messages
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.errors import TemplateError, ValidationError
+from tessera.router.metrics.pictures import PictureMetrics
 from tessera.router.model_files import ModelFiles
 from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.pictures import Pictures, reductions
@@ -80,6 +81,7 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         files: ModelFiles,
         template: ChatTemplate | None,
+        metrics: PictureMetrics,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
@@ -89,7 +91,7 @@ class PromptBuilder:
         self.tool_format = find_format(shown, tokenizer.special_id)
         self._longest_piece = _longest_piece(tokenizer)
         self._text_pool = ThreadPoolExecutor(settings.validation_workers, "tokenise")
-        self._pictures = Pictures(files.layout, settings) if files.layout else None
+        self._pictures = Pictures(files.layout, settings, metrics) if files.layout else None
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""

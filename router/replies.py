@@ -3,6 +3,7 @@
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tessera.router.errors import NotReadyError, OverloadedError, RouterError, ValidationError
 from tessera.router.event_stream import to_json
@@ -57,6 +58,19 @@ def openai_error(error: RouterError) -> dict[str, Any]:
     }
 
 
+class ErrorReply(Json):
+    """The reply to a request that failed before its reply began; noted in the request's record."""
+
+    def __init__(self, error: RouterError, body: dict[str, Any], headers: dict[str, str]) -> None:
+        super().__init__(body, error.status, headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        scope["state"]["record"].failed(self._error)
+        await super().__call__(scope, receive, send)
+
+
 def error_reply(error: RouterError, path: str) -> Response:
     """The reply to a request that failed before its reply began."""
     body = openai_error(error) if is_openai_path(path) else native_error(error)
@@ -65,4 +79,4 @@ def error_reply(error: RouterError, path: str) -> Response:
         headers["retry-after"] = str(RETRY_AFTER_S)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Json(body, status_code=error.status, headers=headers)
+    return ErrorReply(error, body, headers)

@@ -85,6 +85,7 @@ class StepPlan:
     images: list[PreparedImage] = field(default_factory=list)
     released_sequence_ids: list[int] = field(default_factory=list)
     released_images: list[bytes] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)  # put back to make room for the others
 
     @property
     def is_empty(self) -> bool:
@@ -225,6 +226,7 @@ class Scheduler:
             planned = {id(row.sequence) for row in plan.decodes}
             victim = next(s for s in reversed(self.running) if id(s) not in planned)
             self._preempt(victim)
+            plan.preempted.append(victim)
             if victim is sequence:
                 return None
         sequence.block_ids += blocks

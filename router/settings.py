@@ -6,6 +6,7 @@ from tessera.proto.env import (
     SettingsError,
     boolean,
     choice,
+    collector_address,
     comma_list,
     integer,
     level_name,
@@ -163,6 +164,15 @@ class RouterSettings:
     )
     graceful_termination_timeout: int = setting(
         90, "seconds that requests under way get to finish after SIGTERM", integer(0)
+    )
+    otlp_endpoint: str = setting(
+        "",
+        "OpenTelemetry collector that gets traces of requests by gRPC, such as "
+        "`http://localhost:4317`; empty: no tracing",
+        collector_address,
+    )
+    otlp_service_name: str = setting(
+        "text-generation-inference.router", "name of this server in the traces"
     )
     log_level: str = setting("info", "debug, info, warning or error", level_name)
     json_output: bool = setting(False, "log lines as JSON", boolean)

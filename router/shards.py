@@ -48,6 +48,14 @@ class ShardsInfo:
     world_size: int
 
 
+@dataclass(slots=True)
+class RankState:
+    """What was last heard of a rank."""
+
+    answers: bool = False  # to the last question, or to the last step
+    info: shard_pb2.InfoReply | None = None  # None: its weights are not loaded yet
+
+
 StepStream = grpc.aio.StreamStreamCall[shard_pb2.StepMessage, shard_pb2.StepReply]
 
 
@@ -56,6 +64,7 @@ class ShardGroup:
 
     def __init__(self, targets: Seq[str]) -> None:
         self._targets = targets
+        self.ranks = [RankState() for _ in targets]
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[shard_pb2_grpc.ShardAsyncStub] = []  # a name of the typed stubs only
         self._streams: list[StepStream] = []
@@ -135,7 +144,7 @@ class ShardGroup:
             async with self._writing:
                 await self._streams[rank].write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
+            raise self._lost(rank, f"is gone: {_reason(error)}") from error
 
     async def receive(self, step_id: int) -> shard_pb2.StepReply:
         """Rank 0's reply to a step, once all ranks have replied.
@@ -169,9 +178,19 @@ class ShardGroup:
     async def _info(self, rank: int, poll_s: float) -> shard_pb2.InfoReply:
         while True:
             try:
-                return await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=5)
+                return await self._ask(rank, 5)
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(poll_s)
+
+    async def _ask(self, rank: int, timeout_s: float) -> shard_pb2.InfoReply:
+        state = self.ranks[rank]
+        try:
+            state.info = await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            state.answers = False
+            raise
+        state.answers = True
+        return state.info
 
     async def _watch(self, rank: int, interval_s: float, timeout_s: float) -> None:
         num_missed = 0  # a machine that was paused as a whole misses one answer
@@ -179,22 +198,26 @@ class ShardGroup:
             if not num_missed:
                 await asyncio.sleep(interval_s)
             try:
-                await self._stubs[rank].Info(shard_pb2.InfoRequest(), timeout=timeout_s)
+                await self._ask(rank, timeout_s)
                 num_missed = 0
             except grpc.aio.AioRpcError:
                 num_missed += 1
-        raise ShardsLost(f"rank {rank} has not answered for {2 * timeout_s:g} seconds")
+        raise self._lost(rank, f"has not answered for {2 * timeout_s:g} seconds")
 
     async def _reply(self, rank: int, stream: StepStream, step_id: int) -> shard_pb2.StepReply:
         try:
             reply = await stream.read()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ShardsLost(f"rank {rank} is gone: {_reason(error)}") from error
+            raise self._lost(rank, f"is gone: {_reason(error)}") from error
         if not isinstance(reply, shard_pb2.StepReply):  # grpc.aio.EOF
-            raise ShardsLost(f"rank {rank} closed its stream: {await stream.details()}")
+            raise self._lost(rank, f"closed its stream: {await stream.details()}")
         if reply.step_id != step_id:
-            raise ShardsLost(f"rank {rank} answered step {reply.step_id}, not {step_id}")
+            raise self._lost(rank, f"answered step {reply.step_id}, not {step_id}")
         return reply
+
+    def _lost(self, rank: int, what: str) -> ShardsLost:
+        self.ranks[rank].answers = False
+        return ShardsLost(f"rank {rank} {what}")
 
 
 def step_message(plan: StepPlan, step_id: int) -> shard_pb2.Step:

@@ -1,8 +1,7 @@
 """One HTTP request inside the server: its permits, its generations, its line in the metrics."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +16,10 @@ from tessera.router.errors import (
     ValidationError,
 )
 from tessera.router.generation import Generator, TokenStream
-from tessera.router.metrics import FailureKind, Metrics
+from tessera.router.metrics import Metrics
+from tessera.router.metrics.requests import FailureKind
 from tessera.router.request import Completion, Request, TokenEvent
-
-logger = logging.getLogger(__name__)
+from tessera.router.request_record import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +28,29 @@ class Generation:
 
     request: Request
     stream: TokenStream
-    events: AsyncIterator[TokenEvent]  # like the stream's, but never ends without a completion
+    on_completion: Callable[[Completion], None]
+
+    async def next_events(self) -> list[TokenEvent]:
+        """What the stream's gives, never empty; not to be called behind the completion.
+
+        Raises:
+            IncompleteError: the stream has ended without a completion.
+        """
+        events = await self.stream.next_events()
+        if not events:
+            raise IncompleteError("Incomplete generation: the tokens ended without a last one.")
+        if (completion := events[-1].completion) is not None:
+            self.on_completion(completion)
+        return events
 
 
 class Ticket:
     """Counts one request in, and out again exactly once, whatever ends it."""
 
     def __init__(
-        self, request_id: str, generator: Generator, admission: Admission, metrics: Metrics
+        self, record: RequestRecord, generator: Generator, admission: Admission, metrics: Metrics
     ) -> None:
-        self._request_id = request_id
+        self._record = record
         self._generator = generator
         self._admission = admission
         self._metrics = metrics
@@ -48,7 +60,7 @@ class Ticket:
         self._failure: FailureKind | None = None
         self._over = False
         self._kept = False
-        metrics.request_started()
+        metrics.requests.started()
 
     def admit(self, count: int) -> None:
         """Take one permit per generation that is asked for, before any work is done for them.
@@ -62,16 +74,17 @@ class Ticket:
         self._admission.take(count)
         self._permits += count
         for _ in range(count - 1):
-            self._metrics.request_started()
+            self._metrics.requests.started()
 
     def submit(self, requests: Sequence[Request]) -> list[Generation]:
         """Queue the requests; `close` closes what was queued, also if a later one is refused."""
         for request in requests:
-            self._metrics.request_validated(
-                len(request.prompt_ids), request.stopping.max_new_tokens, request.validation_s
+            self._metrics.requests.validated(
+                len(request.prompt_ids), request.stopping.max_new_tokens
             )
             stream = self._generator.submit(request)
-            self._generations.append(Generation(request, stream, self._watched(stream)))
+            self._record.submitted(request, stream)
+            self._generations.append(Generation(request, stream, self._completed))
         return self._generations
 
     def keep(self) -> None:
@@ -85,6 +98,7 @@ class Ticket:
 
     def failed(self, error: BaseException) -> None:
         """Note what went wrong; only the first failure counts."""
+        self._record.failed(error)
         self._failure = self._failure or _failure_kind(error)
 
     def close(self) -> None:
@@ -96,40 +110,13 @@ class Ticket:
             generation.stream.close()
         self._admission.give_back(self._permits)
         if len(self._completions) < len(self._generations):
-            self._failure = self._failure or "dropped"
+            self.failed(ClientDisconnect())  # unless something went wrong before
         if self._failure:
-            self._metrics.request_failed(self._failure)
-        self._log()
+            self._metrics.requests.failed(self._failure)
 
-    def _log(self) -> None:
-        """One line per request, without any of its content."""
-        if self._failure:
-            logger.info("request %s: %s", self._request_id, self._failure)
-            return
-        for generation, completion in zip(self._generations, self._completions, strict=True):
-            timings = completion.timings
-            logger.info(
-                "request %s: success, %d prompt and %d generated tokens, total %.3f s, "
-                "validation %.3f s, queue %.3f s, first token %.3f s, inference %.3f s",
-                self._request_id,
-                generation.stream.prompt_tokens,
-                completion.generated_tokens,
-                timings.total,
-                timings.validation,
-                timings.queue,
-                timings.first_token,
-                timings.inference,
-            )
-
-    async def _watched(self, stream: TokenStream) -> AsyncIterator[TokenEvent]:
-        async for event in stream:
-            if event.completion is not None:
-                self._completions.append(event.completion)
-                self._metrics.request_finished(event.completion)
-                yield event
-                return
-            yield event
-        raise IncompleteError("Incomplete generation: the tokens ended without a last one.")
+    def _completed(self, completion: Completion) -> None:
+        self._completions.append(completion)
+        self._metrics.requests.finished(completion)
 
 
 class Desk:
@@ -141,9 +128,9 @@ class Desk:
         self._metrics = metrics
 
     @contextmanager
-    def ticket(self, request_id: str) -> Iterator[Ticket]:
+    def ticket(self, record: RequestRecord) -> Iterator[Ticket]:
         """A ticket that is closed at the end of the block, unless it was kept without an error."""
-        ticket = Ticket(request_id, self._generator, self._admission, self._metrics)
+        ticket = Ticket(record, self._generator, self._admission, self._metrics)
         try:
             yield ticket
         except BaseException as error:

@@ -1,11 +1,14 @@
 """Reading one or several generations: to the end, or event by event as they come."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.ticket import Generation
+
+Batch = list[tuple[int, TokenEvent]]
+"""Events that came together, each with the index of its generation."""
 
 
 @dataclass(slots=True)
@@ -30,11 +33,11 @@ async def collect(generation: Generation) -> Collected:
     tokens: list[TokenInfo] = []
     top_tokens: list[tuple[TokenInfo, ...]] = []
     completion: Completion | None = None
-    async for event in generation.events:
-        tokens.append(event.token)
-        top_tokens.append(event.top_tokens)
-        completion = event.completion
-    assert completion is not None  # `Generation.events` promises it
+    while completion is None:
+        for event in await generation.next_events():
+            tokens.append(event.token)
+            top_tokens.append(event.top_tokens)
+            completion = event.completion
     return Collected(generation, completion, tokens, top_tokens)
 
 
@@ -48,57 +51,56 @@ async def collect_all(generations: Sequence[Generation]) -> list[Collected]:
             task.cancel()
 
 
-async def merge(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, TokenEvent]]:
-    """(index, event) of several generations, in the order they come. Raises the first failure."""
+async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None]:
+    """The events of several generations, in the order they come. Raises the first failure."""
     if len(generations) == 1:  # the usual case needs no tasks
-        async for event in generations[0].events:
-            yield 0, event
+        is_over = False
+        while not is_over:
+            events = await generations[0].next_events()
+            is_over = events[-1].completion is not None
+            yield [(0, event) for event in events]
         return
     pending = {
-        asyncio.ensure_future(anext(generation.events)): index
+        asyncio.ensure_future(generation.next_events()): index
         for index, generation in enumerate(generations)
     }
     try:
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            batch: Batch = []
             for task in sorted(done, key=pending.__getitem__):
+                if batch and task.exception() is not None:
+                    break  # it stays pending, and is raised when the batch has been read
                 index = pending.pop(task)
-                event = task.result()
-                if event.completion is None:
-                    pending[asyncio.ensure_future(anext(generations[index].events))] = index
-                yield index, event
+                events = task.result()
+                if events[-1].completion is None:
+                    pending[asyncio.ensure_future(generations[index].next_events())] = index
+                batch += [(index, event) for event in events]
+            yield batch
     finally:
         for task in pending:
             task.cancel()
             task.add_done_callback(_forget)
 
 
-def more_ready(generations: Sequence[Generation]) -> bool:
-    """Whether there is another event or error to read without waiting."""
-    return any(generation.stream.num_ready for generation in generations)
-
-
-def _forget(task: "asyncio.Future[TokenEvent]") -> None:
+def _forget(task: "asyncio.Future[list[TokenEvent]]") -> None:
     """Take note of how a task ended, which asyncio would otherwise complain about."""
     if not task.cancelled():
         task.exception()
 
 
-async def started(
-    events: AsyncIterator[tuple[int, TokenEvent]],
-) -> AsyncIterator[tuple[int, TokenEvent]]:
-    """The same events once the first is known, so that an early failure can still be a status.
+async def started(batches: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch, None]:
+    """The same batches once the first is known, so that an early failure can still be a status.
 
     Raises:
         RouterError: the generation failed before its first token.
     """
-    first = await anext(events)
-    return _chain(first, events)
+    return _chain(await anext(batches), batches)
 
 
 async def _chain(
-    first: tuple[int, TokenEvent], rest: AsyncIterator[tuple[int, TokenEvent]]
-) -> AsyncIterator[tuple[int, TokenEvent]]:
+    first: Batch, rest: AsyncGenerator[Batch, None]
+) -> AsyncGenerator[Batch, None]:
     yield first
-    async for item in rest:
-        yield item
+    async for batch in rest:
+        yield batch

@@ -11,6 +11,7 @@ from tessera.router.generation import Generator, ServingLimits
 from tessera.router.grammar import Grammar
 from tessera.router.guidance import GuideCompiler
 from tessera.router.guidance_compile import Guide, Vocabulary, eos_of
+from tessera.router.metrics import Metrics
 from tessera.router.model_files import ModelFiles
 from tessera.router.native_bodies import GenerateBody
 from tessera.router.native_rules import check_native, native_grammar, native_wishes
@@ -24,6 +25,7 @@ from tessera.router.prompt_builder import (
     TextPrompt,
 )
 from tessera.router.request import Request, StoppingParams
+from tessera.router.request_record import Stages
 from tessera.router.response_format import openai_grammar
 from tessera.router.rules import Wishes
 from tessera.router.schemas import ChatBody, CompletionBody
@@ -67,12 +69,13 @@ class Validator:
         tokenizer: Tokenizer,
         files: ModelFiles,
         template: ChatTemplate | None,
+        metrics: Metrics,
     ) -> None:
         """`generator` is asked for its limits per request: they are known after the warm-up."""
         self._settings = settings
         self._generator = generator
         self._vocab_size = files.vocab_size
-        self._prompts = PromptBuilder(settings, tokenizer, files, template)
+        self._prompts = PromptBuilder(settings, tokenizer, files, template, metrics.pictures)
         vocabulary = Vocabulary(
             tokenizer.definition(), files.vocab_size, eos_of(tokenizer.eos_ids, files.vocab_size)
         )
@@ -140,23 +143,37 @@ class Validator:
             grammar=openai_grammar(body),
         )
 
-    async def build(self, plan: Plan, arrived: float, fairness_key: str = "") -> list[Request]:
+    async def build(
+        self,
+        plan: Plan,
+        arrived: float,
+        fairness_key: str = "",
+        stages: Stages | None = None,
+    ) -> list[Request]:
         """The requests of a plan: for each prompt, all its copies.
 
         Args:
             plan: from one of the `plan_*`.
             arrived: `time.perf_counter()` when the client's request came in.
             fairness_key: whose turn it counts for, see `fairness`.
+            stages: where to note how long what took.
 
         Raises:
             ValidationError: a prompt cannot be read, or is too long; the grammar cannot be used.
             OverloadedError: others' grammars take all the time there is.
             NotReadyError: the limits are not known yet.
         """
+        stages = stages or Stages()
+        with stages.measured("validation"):
+            return await self._build(plan, arrived, fairness_key, stages)
+
+    async def _build(
+        self, plan: Plan, arrived: float, fairness_key: str, stages: Stages
+    ) -> list[Request]:
         limits = self._generator.limits
-        guide = await self._guide(plan)
+        guide = await self._guide(plan, stages)
         requests: list[Request] = []
-        allowance = PictureAllowance(self._settings)
+        allowance = PictureAllowance(self._settings, stages)
         for source in plan.prompts:
             prompt = await self._prompts.build(
                 source, limits.max_input_tokens, plan.truncate, allowance
@@ -210,13 +227,14 @@ class Validator:
         maximum = self._generator.limits.max_input_tokens
         return await self._prompts.tokenize(prompt, maximum, PictureAllowance(self._settings))
 
-    async def _guide(self, plan: Plan) -> Guide | None:
+    async def _guide(self, plan: Plan, stages: Stages) -> Guide | None:
         if plan.grammar is None:
             return None
         if self._settings.disable_grammar_support:
             raise ValidationError("grammar is not supported", "grammar")
         try:
-            return await self._guides.compile(plan.grammar)
+            with stages.measured("compile grammar"):
+                return await self._guides.compile(plan.grammar)
         except ValidationError as error:
             if plan.calls is None:
                 raise

@@ -50,6 +50,11 @@ class Engine:
             dtype=self.placement.dtype,
         )
 
+    @property
+    def used_memory_bytes(self) -> int:
+        """See `Backend.used_memory_bytes`."""
+        return self.placement.backend.used_memory_bytes()
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` usable blocks and the scratch block 0.
 

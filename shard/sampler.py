@@ -87,16 +87,15 @@ def uniforms(seed: int, position: int, num_ids: int, device: torch.device) -> Te
 
 
 def _report(logits_RV: Tensor, ids_R: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    normalizer_R = logits_RV.logsumexp(dim=-1)
-    logprobs = (logits_RV.gather(1, ids_R[:, None])[:, 0] - normalizer_R).tolist()
+    logprobs_RV = logits_RV.log_softmax(dim=-1)
+    logprobs = logprobs_RV.gather(1, ids_R[:, None])[:, 0].tolist()
     most = min(max((row.params.top_n_tokens for row in rows), default=0), logits_RV.shape[-1])
     tops: list[list[tuple[int, float]]] = [[] for _ in rows]
     if most:
-        values_RM, top_ids_RM = logits_RV.topk(most, dim=-1)
-        values = (values_RM - normalizer_R[:, None]).tolist()
+        values_RM, top_ids_RM = logprobs_RV.topk(most, dim=-1)
         tops = [
-            list(zip(ids, row_values, strict=True))
-            for ids, row_values in zip(top_ids_RM.tolist(), values, strict=True)
+            list(zip(ids, values, strict=True))
+            for ids, values in zip(top_ids_RM.tolist(), values_RM.tolist(), strict=True)
         ]
     return [
         Sampled(token_id, logprob, tuple(top[: row.params.top_n_tokens]))

@@ -36,7 +36,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     async def Info(  # noqa: N802  (the name is the RPC's)
         self, request: shard_pb2.InfoRequest, context: Context
     ) -> shard_pb2.InfoReply:
-        """What was loaded."""
+        """What was loaded, and the memory it takes now."""
+        self._info.used_memory_bytes = self._engine.used_memory_bytes
         return self._info
 
     async def Warmup(  # noqa: N802

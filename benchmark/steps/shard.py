@@ -1,6 +1,8 @@
 """A shard without its process: a loaded model and the engine that runs steps on it."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ from tessera.shard.parallel import Group
 from tessera.shard.sampler import SampleRow, sample
 
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds of one step, from its message's bytes to the reply's bytes."""
+
+    total_s: float  # by the shard's clock
+    model_s: float  # of that, inside the model
+    wall_s: float
 
 
 class TimedModel:
@@ -71,6 +82,8 @@ class Shard:
         placement = Placement(backend, group, dtype)
         model = load_model(folder, placement)
         self.limits = Bench(backend, dtype, 0.0)
+        if ranks > 1:  # waiting for the others is part of a step
+            self.limits.clock = time.perf_counter
         self.sizes: Sizes = sizes_of(model, config, dtype.itemsize, ranks)  # type: ignore[arg-type]
         self.tile = config.get("vision_config", {}).get("image_size", 0)
         self.backend = backend
@@ -82,21 +95,23 @@ class Shard:
             cache.k_BKPH.fill_(0.02)
             cache.v_BKPH.fill_(0.02)
 
-    def run(self, step: shard_pb2.Step) -> tuple[float, float]:
-        """Seconds from the step's bytes to the reply's bytes, and those of them inside the model.
+    def run(self, step: shard_pb2.Step) -> Took:
+        """Compute a step.
 
         Raises:
             RuntimeError: a sequence failed, so the time says nothing.
         """
         sent = step.SerializeToString()
         self.model.inside_s = 0.0
-        start = self.limits.clock()
+        wall, start = time.perf_counter(), self.limits.clock()
         reply = self.engine.run(shard_pb2.Step.FromString(sent))
         reply.SerializeToString()
-        took = self.limits.clock() - start
+        took = Took(
+            self.limits.clock() - start, self.model.inside_s, time.perf_counter() - wall
+        )
         if reply.failures:
             raise RuntimeError(f"a step failed: {reply.failures[0].message}")
-        return took, self.model.inside_s
+        return took
 
     @torch.inference_mode()
     def sample_s(self, batch: int) -> float:

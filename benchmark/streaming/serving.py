@@ -36,14 +36,16 @@ def router_app(step_s: float) -> ASGIApp:
     folder = Path(demo.__file__).parent / "model"
     generator = PreparedGenerator(step_s)
     files = ModelFiles.read(folder)
+    metrics = Metrics()
     validator = Validator(
         SETTINGS,
         generator,
         Tokenizer.from_folder(folder),
         files,
         ChatTemplate.from_folder(folder),
+        metrics,
     )
-    return create_app(SETTINGS, generator, validator, files, Metrics())
+    return create_app(SETTINGS, generator, validator, files, metrics)
 
 
 class ConstantBytes:

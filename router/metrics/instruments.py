@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms in Prometheus' text format, under exactly the names they are given.
+"""Counters, gauges and histograms in Prometheus' text format, under exactly their own names.
 
 The client library insists on `_total` at the end of a counter's name, which the names that existing
 dashboards read do not have, and looks for a histogram's bucket one by one. Nothing here is locked:
@@ -9,8 +9,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
-
-from prometheus_client.utils import floatToGoString
 
 Kind = Literal["counter", "gauge", "histogram"]
 Labels = tuple[str, ...]
@@ -41,7 +39,7 @@ class Value:
     __slots__ = ("value",)
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self.value: float = 0
 
     def increase(self, by: float = 1) -> None:
         """Add to it."""
@@ -67,9 +65,9 @@ class Histogram:
 
     def place(self, bounds: Sequence[float]) -> None:
         """Begin anew with other bounds."""
-        self._bounds = tuple(bounds)
+        self._bounds = tuple(map(float, bounds))
         self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
+        self._sum: float = 0
 
     def observe(self, value: float) -> None:
         """Count one observation."""
@@ -79,9 +77,9 @@ class Histogram:
     def samples(self) -> Iterator[tuple[str, str, float]]:
         """See `Series`."""
         total = 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+        for bound, count in zip((*map(repr, self._bounds), "+Inf"), self._counts, strict=True):
             total += count
-            yield "_bucket", floatToGoString(bound), total
+            yield "_bucket", bound, total
         yield "_count", "", total
         yield "_sum", "", self._sum
 
@@ -113,7 +111,7 @@ class Family(Generic[S]):
             labels = dict(zip(names, values, strict=True))
             for suffix, bound, number in series.samples():
                 found = labels | {"le": bound} if bound else labels
-                yield f"{name}{suffix}{_written(found)} {floatToGoString(number)}"
+                yield f"{name}{suffix}{_written(found)} {number!r}"
 
 
 class Registry:

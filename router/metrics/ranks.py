@@ -22,7 +22,12 @@ class RankMetrics:
             "rank",
         )
         self._info = registry.gauges(
-            "tessera_shard_info", "1; what the shard computes with", "rank", "device", "backend", "dtype"
+            "tessera_shard_info",
+            "1; what the shard computes with",
+            "rank",
+            "device",
+            "backend",
+            "dtype",
         )
 
     def follow(self, ranks: Sequence[RankState]) -> None:
@@ -32,7 +37,7 @@ class RankMetrics:
     def refresh(self) -> None:
         """Take the numbers as they are now."""
         for rank, state in enumerate(self._ranks):
-            self._up.of(str(rank)).set(state.answers)
+            self._up.of(str(rank)).set(int(state.answers))
             if state.info is not None:
                 info = state.info
                 self._memory.of(str(rank)).set(info.used_memory_bytes)

@@ -21,7 +21,7 @@ UNKNOWN_LIMIT = 4096  # places the buckets until the warm-up is done; nothing is
 
 
 class RequestMetrics:
-    """Numbers about requests. A request is one generation: `n`, `best_of` and prompts each count."""
+    """Numbers about requests. Each is one generation: `n`, `best_of` and prompts all count."""
 
     def __init__(self, registry: Registry) -> None:
         self._count(registry)

@@ -79,9 +79,7 @@ class StepMetrics:
         self._forward = seconds(
             "tgi_batch_forward_duration", "A step's pass through the decoder, on rank 0"
         )
-        self._sample = seconds(
-            "tgi_batch_decode_duration", "Choosing a step's tokens, on rank 0"
-        )
+        self._sample = seconds("tgi_batch_decode_duration", "Choosing a step's tokens, on rank 0")
         self._take = seconds(
             "tgi_batch_filter_duration",
             "Taking a step's tokens in the router: text, events, letting go of what has ended",
@@ -94,7 +92,8 @@ class StepMetrics:
         ).of("decode")
         self._by_kind = registry.histograms(
             "tessera_step_duration_seconds",
-            "From when the shards could begin a step to their answer; `release`: nothing to compute",
+            "From when the shards could begin a step to their answer, by what was computed; "
+            "`release`: nothing",
             buckets.WORK_S,
             "kind",
         )

@@ -33,7 +33,7 @@ class Int4Linear:
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See `Linear`."""
         out_TO: Tensor = torch.ops.aten._weight_int4pack_mm(
-            x_TI.bfloat16(), self._packed, GROUP, self._of_groups_GO2
+            x_TI.bfloat16().contiguous(), self._packed, GROUP, self._of_groups_GO2
         ).to(x_TI.dtype)
         return out_TO if self._bias_O is None else out_TO + self._bias_O
 

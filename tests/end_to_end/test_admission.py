@@ -14,8 +14,8 @@ pytestmark = pytest.mark.timeout(300)
 DEMO = Path(__file__).parents[2] / "launcher" / "demo" / "model"
 WAIT = 6
 DECODES = 'tgi_batch_inference_count{method="decode"}'
-ENCODED_STEPS = "tessera_step_vision_seconds_count"
-ENCODED = "tessera_vision_cache_misses"
+ENCODED_STEPS = "tessera_image_encode_seconds_count"
+ENCODED = "tessera_vision_cache_misses_total"
 
 
 @pytest.fixture(scope="module")

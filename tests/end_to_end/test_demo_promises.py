@@ -52,8 +52,8 @@ def test_chunks_lookahead_and_caches_change_no_answer(
     """Item by item the same tokens as alone, although all of that happens."""
     for _ in range(2):  # the second time with warm caches
         assert asyncio.run(together(tight, bodies())) == answers
-    assert tight.metric("tessera_prefix_cache_hit_tokens") > 0
-    assert tight.metric("tessera_vision_cache_hits") > 0
+    assert tight.metric("tessera_prefix_cache_hits_total") > 0
+    assert tight.metric("tessera_vision_cache_hits_total") > 0
     largest = 'tessera_step_tokens_bucket{le="64.0",method="prefill"}'
     everything = 'tessera_step_tokens_count{method="prefill"}'
     assert tight.metric(largest) == tight.metric(everything)  # no step over its 40 tokens
@@ -77,9 +77,9 @@ def test_preempted_answers_are_what_they_are_alone(tight: Stack) -> None:
         return await asyncio.gather(*(one(number) for number in range(8)))
 
     expected = asyncio.run(go(1))
-    before = tight.metric("tessera_preemptions")
+    before = tight.metric("tessera_num_preemptions_total")
     assert asyncio.run(go(8)) == expected
-    assert tight.metric("tessera_preemptions") > before
+    assert tight.metric("tessera_num_preemptions_total") > before
 
 
 def test_a_priority_goes_first(tight: Stack) -> None:

@@ -51,7 +51,7 @@ def test_answers_are_valid_whatever_the_scheduler_does(stack: Stack) -> None:
             num_complete += 1
             jsonschema.validate(json.loads(answer["generated_text"]), schema)
     assert num_complete > len(schemas) / 2
-    assert stack.metric("tessera_preemptions") > 0
+    assert stack.metric("tessera_num_preemptions_total") > 0
 
 
 def test_a_regex_holds_with_penalties_and_biases(stack: Stack) -> None:

@@ -112,9 +112,9 @@ def test_clients_do_not_notice_preemptions_nor_is_a_budget_exceeded(stack: Stack
     bodies[3:6] = [ask(question(60 + n), 40, **SAMPLED, cache_prompt=n > 0) for n in range(3)]
     bodies[7:9] = [ask(question(70 + n, (112, 56)), 40) for n in range(2)]
     expected = alone(stack, bodies)
-    preemptions = stack.metric("tessera_preemptions")
+    preemptions = stack.metric("tessera_num_preemptions_total")
     assert asyncio.run(together(stack, bodies)) == expected
-    assert stack.metric("tessera_preemptions") > preemptions
+    assert stack.metric("tessera_num_preemptions_total") > preemptions
     assert steps_up_to(stack, BATCH_SIZE, "decode") == steps(stack, "decode")
     assert steps_up_to(stack, STEP_TOKENS, "prefill") == steps(stack, "prefill")
     stack.wait_metric("tessera_kv_cache_used_tokens", 0)
@@ -285,7 +285,7 @@ def whole_blocks(tokens: int) -> int:
 
 
 def encoded(stack: Stack) -> float:
-    return stack.metric("tessera_vision_cache_misses")
+    return stack.metric("tessera_vision_cache_misses_total")
 
 
 def test_a_second_turn_about_a_picture_computes_neither_the_picture_nor_the_first(
@@ -294,13 +294,13 @@ def test_a_second_turn_about_a_picture_computes_neither_the_picture_nor_the_firs
     messages = [about(PICTURE, "What is in the picture?")]
     answer, first, cached = chat(demo, messages)
     assert answer and cached == 0
-    pictures, hits = encoded(demo), demo.metric("tessera_prefix_cache_hit_tokens")
+    pictures, hits = encoded(demo), demo.metric("tessera_prefix_cache_hits_total")
     messages += [{"role": "assistant", "content": answer}]
     messages += [{"role": "user", "content": "How many objects are there?"}]
     again, second, cached = chat(demo, messages)
     assert whole_blocks(first) <= cached < second
     assert encoded(demo) == pictures
-    assert demo.metric("tessera_prefix_cache_hit_tokens") == hits + cached
+    assert demo.metric("tessera_prefix_cache_hits_total") == hits + cached
     assert chat(demo, messages, cache_prompt=False)[0] == again  # as if nothing had been kept
 
 
@@ -345,7 +345,7 @@ def test_the_same_words_about_another_picture_find_nothing(demo: Stack) -> None:
 
 
 def test_a_picture_that_many_ask_about_at_once_is_encoded_once(demo: Stack) -> None:
-    pictures, hits = encoded(demo), demo.metric("tessera_vision_cache_hits")
+    pictures, hits = encoded(demo), demo.metric("tessera_vision_cache_hits_total")
     data = base64.b64encode((SAMPLES / "plate.png").read_bytes()).decode()
     bodies = [
         ask(f"[INST] {before}<image>{data}</image>\nWhat is it? [/INST]", 4, cache_prompt=False)
@@ -354,7 +354,7 @@ def test_a_picture_that_many_ask_about_at_once_is_encoded_once(demo: Stack) -> N
     answers = asyncio.run(together(demo, bodies))
     assert all(answers)
     assert encoded(demo) == pictures + 1
-    assert demo.metric("tessera_vision_cache_hits") == hits + len(bodies) - 1
+    assert demo.metric("tessera_vision_cache_hits_total") == hits + len(bodies) - 1
     assert alone(demo, bodies) == answers
 
 
@@ -365,5 +365,5 @@ def test_without_caches_everything_is_computed_each_time(plain_stack: Stack) -> 
     assert first == second
     assert first[2] == 0
     assert encoded(plain_stack) == pictures + 2
-    assert plain_stack.metric("tessera_prefix_cache_hit_tokens") == 0
+    assert plain_stack.metric("tessera_prefix_cache_hits_total") == 0
     plain_stack.wait_metric("tessera_vision_cache_tokens", 0)

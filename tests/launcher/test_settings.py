@@ -1,4 +1,5 @@
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,11 @@ def test_a_containers_id_is_no_address_to_listen_on() -> None:
     )
 
 
+def test_a_container_s_own_name_as_hostname_is_nothing_to_warn_about() -> None:
+    settings = Settings.read([], {"HOSTNAME": socket.gethostname()})
+    assert (settings.router.hostname, settings.warnings) == ("0.0.0.0", ())
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::", "localhost"])
 def test_addresses_to_listen_on(address: str) -> None:
     settings = Settings.read(["--hostname", address], {"HOSTNAME": "3f2a9c0d1b2e"})
@@ -118,9 +124,16 @@ def test_what_an_outer_launcher_said_is_not_meant_for_us() -> None:
     assert settings.router.ready_fd is None
 
 
-def test_quantization_is_refused_clearly() -> None:
-    with pytest.raises(SettingsError, match="QUANTIZE='awq' is not supported"):
-        Settings.read(["--quantize", "awq"], {})
+@pytest.mark.parametrize("flag", ["--quantize", "--isq"])
+def test_quantization_goes_to_the_shards_by_any_name(flag: str) -> None:
+    assert Settings.read([flag, "Q4K"], {}).shard.quantize == "q4k"
+    assert Settings.read([], {"ISQ": "8"}).shard.quantize == "8"
+    assert Settings.read(["--dtype", "bfloat16", flag, "bitsandbytes-nf4"], {}).shard.quantize
+
+
+def test_quantization_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"QUANTIZE='eetq' must be int8 or int4 .* awq or gptq"):
+        Settings.read(["--quantize", "eetq"], {})
 
 
 def test_rules_across_settings_hold_for_any_source(env_file: str) -> None:

@@ -173,7 +173,7 @@ def test_pickled_weights_are_not_taken(model_folder: Path) -> None:
         (8 * GIB, "xpu", 1, 8 * GIB, ""),
         (None, "cuda", 2, 64 * MIB, "2 shards need 1 GiB of shared memory but /dev/shm has 64 MiB"),
         (None, "cuda", 1, 64 * MIB, ""),
-        (None, "cpu", 2, 64 * MIB, ""),
+        (None, "cpu", 2, 16 * MIB, ""),
         (None, "cpu", 2, 0, ""),
     ],
 )

@@ -24,14 +24,26 @@ def make_validator(checkpoint: Callable[[str], Path]) -> Iterator[MakeValidator]
     """`make_validator("next-mistral", generator, max_images=2)`."""
     validators: list[Validator] = []
 
-    def make(kind: str, generator: FakeGenerator | None = None, **settings: Any) -> Validator:
+    def make(
+        kind: str,
+        generator: FakeGenerator | None = None,
+        metrics: Metrics | None = None,
+        **settings: Any,
+    ) -> Validator:
         folder = checkpoint(kind)
         files = ModelFiles.read(folder)
         tokenizer = Tokenizer.from_folder(folder)
         template = ChatTemplate.from_folder(folder)
         options = RouterSettings(**settings)
         validators.append(
-            Validator(options, generator or FakeGenerator(), tokenizer, files, template)
+            Validator(
+                options,
+                generator or FakeGenerator(),
+                tokenizer,
+                files,
+                template,
+                metrics or Metrics(),
+            )
         )
         return validators[-1]
 
@@ -49,8 +61,9 @@ def make_app(
     def make(kind: str, generator: FakeGenerator | None = None, **settings: Any) -> Starlette:
         generator = generator or FakeGenerator()
         files = ModelFiles.read(checkpoint(kind))
-        validator = make_validator(kind, generator, **settings)
-        return create_app(RouterSettings(**settings), generator, validator, files, Metrics())
+        metrics = Metrics()
+        validator = make_validator(kind, generator, metrics, **settings)
+        return create_app(RouterSettings(**settings), generator, validator, files, metrics)
 
     return make
 

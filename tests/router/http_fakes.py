@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from tessera.router.errors import NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
+from tessera.router.progress import Progress
 from tessera.router.request import (
     Completion,
     FinishReason,
@@ -58,13 +59,18 @@ class FakeStream:
         self.prompt_tokens = len(request.prompt_ids)
         self.image_tokens = request.num_image_tokens
         self.cached_tokens = 3
+        self.progress = Progress()
         self.prompt_logprobs: list[TokenInfo] = []
         self.num_closed = 0
-        self.num_ready = 0
         self._script = script
         self._copy = copy
+        self._events = self._scripted()
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+    async def next_events(self) -> list[TokenEvent]:
+        event = await anext(self._events, None)
+        return [] if event is None else [event]
+
+    async def _scripted(self) -> AsyncIterator[TokenEvent]:
         script = self._script
         text = ""
         if self.request.sampling.prompt_logprobs:
@@ -85,12 +91,20 @@ class FakeStream:
             yield self._event(n, piece, self._completion(text) if last else None)
 
     def _event(self, n: int, piece: str, completion: Completion | None) -> TokenEvent:
+        self._advance(n + 1, completion)
         special = completion is not None and completion.reason is FinishReason.EOS
         logprob = self._script.logprobs[n] if n < len(self._script.logprobs) else -1.0
         token = TokenInfo(n, "</s>" if special else piece, logprob - self._copy, special)
         top_n = self.request.sampling.top_n_tokens
         top = tuple(TokenInfo(100 + k, f"t{k}", -1.0 - k) for k in range(top_n))
         return TokenEvent(token, "" if special else piece, top, completion)
+
+    def _advance(self, generated: int, completion: Completion | None) -> None:
+        progress, now = self.progress, time.perf_counter()
+        if progress.first_token_at is None:
+            progress.started_at = progress.first_token_at = now
+        progress.last_token_at, progress.generated_tokens = now, generated
+        progress.finish_reason = completion.reason if completion else None
 
     def _completion(self, text: str) -> Completion:
         sampling = self.request.sampling

@@ -1,6 +1,7 @@
 """The loop between requests and steps, over shards that answer from a list."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from tessera.router.request import FinishReason, Request, SamplingParams, Stoppi
 from tessera.router.scheduler import SchedulerLimits, StepPlan
 from tessera.router.shards import ShardsLost
 from tessera.router.tokenizer import Tokenizer
+from tests.router.scrape import metric
 
 T = TypeVar("T")
 EOS = 2
@@ -35,6 +37,7 @@ class ScriptedShards:
         self.fails: set[int] = set()
         self.lost_at: int | None = None
         self.gate: asyncio.Event | None = None  # steps wait for it
+        self.delay_s = 0.0  # of every step
 
     async def send(self, plan: StepPlan) -> int:
         self.plans.append(plan)
@@ -42,7 +45,7 @@ class ScriptedShards:
 
     async def receive(self, step_id: int) -> shard_pb2.StepReply:
         plan = self.plans[step_id]
-        await (self.gate.wait() if self.gate else asyncio.sleep(0))
+        await (self.gate.wait() if self.gate else asyncio.sleep(self.delay_s))
         if self.lost_at is not None and len(self.plans) > self.lost_at:
             raise ShardsLost("rank 1 is gone")
         reply = shard_pb2.StepReply()
@@ -88,6 +91,7 @@ def with_core(
     shards: ScriptedShards,
     use: Callable[[Core], Awaitable[T]],
     num_blocks: int = NUM_BLOCKS,
+    metrics: Metrics | None = None,
     **options: Any,
 ) -> T:
     async def go() -> T:
@@ -95,7 +99,7 @@ def with_core(
             shards,  # type: ignore[arg-type]
             tokenizer,
             frozenset({EOS}),
-            Metrics(),
+            metrics or Metrics(),
             **options,
         )
         assert not core.ready
@@ -115,6 +119,96 @@ def with_core(
 
 async def read(stream: RequestStream) -> list[TokenEvent]:
     return [event async for event in stream]
+
+
+def test_what_it_counts(tokenizer: Tokenizer) -> None:
+    metrics = Metrics()
+    shards = ScriptedShards()
+    shards.eos_after[3] = 2
+    done = metrics.requests.finished
+
+    async def use(core: Core) -> None:
+        lengths = [request(prompt=5, new=4), request(prompt=70, new=1), request(prompt=6, new=9)]
+        streams = [core.submit(one) for one in lengths]
+        for events in await asyncio.gather(*map(read, streams)):
+            assert events[-1].completion is not None
+            done(events[-1].completion)
+        again = core.submit(request(prompt=70, new=1))
+        await read(again)
+        assert again.cached_tokens == 68
+        while len(shards.plans) != metric(metrics, "tessera_step_duration_seconds_count"):
+            await asyncio.sleep(0.01)  # the last step only tells the shards to forget
+
+    with_core(tokenizer, shards, use, metrics=metrics)
+    assert {
+        name: metric(metrics, name)
+        for name in (
+            "tgi_request_success",
+            "tgi_request_generated_tokens_sum",
+            "tgi_request_skipped_tokens_sum",
+            "tessera_generation_tokens_total",
+            "tessera_prompt_tokens_total",
+            "tessera_prompt_tokens_cached_total",
+            "tessera_prefix_cache_hits_total",
+            "tessera_time_to_first_token_seconds_count",
+            "tessera_inter_token_latency_seconds_count",
+            "tessera_request_queue_time_seconds_count",
+            "tessera_request_prefill_time_seconds_count",
+            "tessera_step_tokens_sum",
+            "tessera_num_requests_running",
+        )
+    } == {
+        "tgi_request_success": 3,
+        "tgi_request_generated_tokens_sum": 4 + 1 + 2,
+        "tgi_request_skipped_tokens_sum": 0,
+        "tessera_generation_tokens_total": 4 + 1 + 2 + 1,
+        "tessera_prompt_tokens_total": 5 + 70 + 6 + 70,
+        "tessera_prompt_tokens_cached_total": 68,
+        "tessera_prefix_cache_hits_total": 68,
+        "tessera_time_to_first_token_seconds_count": 4,
+        "tessera_inter_token_latency_seconds_count": 3 + 0 + 1,
+        "tessera_request_queue_time_seconds_count": 4,
+        "tessera_request_prefill_time_seconds_count": 3,
+        "tessera_step_tokens_sum": sum(plan.num_tokens for plan in shards.plans),
+        "tessera_num_requests_running": 0,
+    }
+    working = [plan for plan in shards.plans if plan.num_tokens]
+    assert len(working) < len(shards.plans)
+    for name in ("count", "success", "duration_count"):
+        assert metric(metrics, f"tgi_batch_inference_{name}") == len(working)
+    assert metric(metrics, 'tessera_step_duration_seconds_count{kind="release"}') == (
+        len(shards.plans) - len(working)
+    )
+    assert metric(metrics, "tgi_batch_next_size_sum") == 4
+    assert metric(metrics, "tgi_batch_inference_failure") == 0
+
+
+def test_a_step_sent_ahead_is_not_charged_with_the_one_before(tokenizer: Tokenizer) -> None:
+    metrics = Metrics()
+
+    async def use(core: Core) -> float:
+        began = time.perf_counter()
+        await read(core.submit(request(new=8)))
+        return time.perf_counter() - began
+
+    shards = ScriptedShards()
+    shards.delay_s = 0.01
+    elapsed = with_core(tokenizer, shards, use, metrics=metrics, lookahead=1)
+    assert 0.08 <= metric(metrics, "tgi_batch_inference_duration_sum") <= elapsed
+
+
+def test_a_lost_step_is_counted(tokenizer: Tokenizer) -> None:
+    metrics, shards = Metrics(), ScriptedShards()
+    shards.lost_at = 0
+
+    async def use(core: Core) -> None:
+        with pytest.raises(GenerationError):
+            await read(core.submit(request()))
+
+    with_core(tokenizer, shards, use, metrics=metrics)
+    assert metric(metrics, 'tgi_batch_inference_failure{method="prefill"}') == 1
+    assert metric(metrics, 'tgi_batch_inference_count{method="prefill"}') == 1
+    assert metric(metrics, "tgi_batch_inference_success") == 0
 
 
 def test_tokens_come_in_order_and_the_last_event_sums_up(tokenizer: Tokenizer) -> None:

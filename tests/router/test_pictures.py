@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from tessera.proto.image_layout import AnyResLayout, CropLayout, ImageLayout
 from tessera.router.errors import ValidationError
 from tessera.router.images import prepare_image
+from tessera.router.metrics import Metrics
 from tessera.router.picture_allowance import PictureAllowance
 from tessera.router.pictures import Pictures, fitting_tokens, reductions
 from tessera.router.request import Request
@@ -110,7 +111,7 @@ def test_only_pictures_that_must_change_are_decoded_again(monkeypatch: pytest.Mo
     monkeypatch.setattr("tessera.router.pictures.prepare_image", counting)
     layout = AnyResLayout(56, 14, ((56, 112), (112, 56), (112, 112)))
     options = RouterSettings()
-    pictures = Pictures(layout, options)
+    pictures = Pictures(layout, options, Metrics().pictures)
     sources = [source(), source(20, 20)]
     one = asyncio.run(pictures.prepare(sources[:1], 50, PictureAllowance(options)))
     assert (len(decoded), one[0].num_tokens) == (1, 36)

@@ -18,7 +18,7 @@ from tessera.router.request import (
 )
 from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
 from tessera.router.sequence import Sequence
-from tessera.router.shards import ShardGroup, ShardsLost, WarmupFailed, step_message
+from tessera.router.shards import RankState, ShardGroup, ShardsLost, WarmupFailed, step_message
 
 T = TypeVar("T")
 IMAGE = PreparedImage(bytes(16), 10, 20, 1, b"\1" * 48, num_tokens=6)
@@ -100,7 +100,13 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
         self.num_asked += 1
         if self.num_asked > 1 and (self.fault == "hangs" or self.num_asked == self.hiccup):
             await asyncio.sleep(60)
-        return shard_pb2.InfoReply(rank=self.rank, world_size=2, block_size=16, model_type="llama")
+        return shard_pb2.InfoReply(
+            rank=self.rank,
+            world_size=2,
+            block_size=16,
+            model_type="llama",
+            used_memory_bytes=1000 + self.num_asked,
+        )
 
     async def Warmup(  # noqa: N802
         self, request: object, context: grpc.aio.ServicerContext
@@ -210,6 +216,30 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, fault: str) -> Non
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShardsLost, match="rank 1 has not answered"):
         with_ranks(tmp_path, ("", "hangs"), lambda group: group.watch(0.01, 0.1))
+
+
+def test_what_is_known_of_each_rank(tmp_path: Path) -> None:
+    async def ask(group: ShardGroup) -> None:
+        memory = [state.info.used_memory_bytes for state in group.ranks if state.info]
+        assert [state.answers for state in group.ranks] == [True, True]
+        with pytest.raises(ShardsLost):
+            await group.watch(0.01, 0.1)
+        assert [state.answers for state in group.ranks] == [True, False]
+        later = [state.info.used_memory_bytes for state in group.ranks if state.info]
+        assert later[0] > memory[0] == memory[1] == later[1]
+
+    assert ShardGroup(["unix:nowhere"]).ranks == [RankState()]
+    with_ranks(tmp_path, ("", "hangs"), ask)
+
+
+@pytest.mark.parametrize("fault", ["dies", "ends", "skips"])
+def test_a_rank_that_is_lost_does_not_count_as_answering(tmp_path: Path, fault: str) -> None:
+    async def lose(group: ShardGroup) -> list[bool]:
+        with pytest.raises(ShardsLost):
+            await two_steps(group)
+        return [state.answers for state in group.ranks]
+
+    assert with_ranks(tmp_path, ("", fault), lose) == [True, False]
 
 
 def test_one_missed_answer_is_forgiven(tmp_path: Path) -> None:

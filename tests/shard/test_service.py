@@ -23,6 +23,7 @@ class EchoEngine:
         self.failure = failure
         self.resets = 0
         self.masks = TokenMaskBox()
+        self.used_memory_bytes = 4096
 
     def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
         if self.failure is not None:
@@ -146,6 +147,7 @@ def test_a_bug_in_a_step_ends_the_stream_without_its_details() -> None:
 def test_info_and_a_warm_up_that_does_not_fit() -> None:
     async def use(stub: shard_pb2_grpc.ShardStub) -> tuple[int, str]:
         info = await stub.Info(shard_pb2.InfoRequest())
+        assert info.used_memory_bytes == 4096
         try:
             await stub.Warmup(shard_pb2.WarmupRequest(max_context_len=9))
         except grpc.aio.AioRpcError as error:
