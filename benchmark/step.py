@@ -97,9 +97,7 @@ def growth(asked: argparse.Namespace, rows: Sequence[Row]) -> dict[str, list[Row
     panels = {name: times(GROWING, cases, asked) for name, cases in GROWTH.items()}
     if tiles := [row for row in rows if row["kind"] == "pictures"]:
         panels["tiles"] = tiles
-    panels["ranks"] = [
-        times(GROWING, [Case("decode", 8, 128)], asked, ranks)[0] for ranks in RANKS
-    ]
+    panels["ranks"] = [times(GROWING, [Case("decode", 8, 128)], asked, ranks)[0] for ranks in RANKS]
     return panels
 
 

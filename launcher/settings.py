@@ -34,21 +34,26 @@ DEFAULT_HOSTNAME = "0.0.0.0"
 # Other names of the environment files that this server is deployed with.
 FOREIGN = frozenset({"MODEL_NAME", "TGI_VERSION"})
 
-# What text-generation-inference has and this server has not, and why a deployment can do without.
-ABSENT = {
+# What text-generation-inference has and this server can do without: taken, and said to be unused.
+IGNORED = {
     "TRUST_REMOTE_CODE": "no code from a model's folder is ever run",
-    "SPECULATE": "there is no speculative decoding; drop it, answers stay the same",
-    "LORA_ADAPTERS": "adapters are not supported; merge them into the model",
-    "KV_CACHE_DTYPE": "the cache has the model's dtype",
-    "CUDA_GRAPHS": "there is nothing to set for graphs",
+    "SPECULATE": "there is no speculative decoding, and answers are the same without",
     "DISABLE_CUSTOM_KERNELS": "set BACKEND=reference for plain operations",
     "PROMETHEUS_PORT": "metrics are at /metrics of the HTTP port",
     "USAGE_STATS": "no usage statistics are collected",
     "ENABLE_PREFILL_LOGPROBS": "they are always available",
-    "ROPE_SCALING": "it is read from the model's config.json",
-    "ROPE_FACTOR": "it is read from the model's config.json",
     "WATERMARK_GAMMA": "answers are not watermarked",
     "WATERMARK_DELTA": "answers are not watermarked",
+}
+
+# What it has and whoever asks for it would miss: refused as a flag, warned about as a variable,
+# which may be meant for somebody else.
+ABSENT = {
+    "LORA_ADAPTERS": "adapters are not supported; merge them into the model",
+    "KV_CACHE_DTYPE": "the cache has the model's dtype",
+    "CUDA_GRAPHS": "there is nothing to set for graphs",
+    "ROPE_SCALING": "it is read from the model's config.json",
+    "ROPE_FACTOR": "it is read from the model's config.json",
     "NGROK": "there is no tunnel",
     "NGROK_AUTHTOKEN": "there is no tunnel",
     "NGROK_EDGE": "there is no tunnel",
@@ -98,16 +103,22 @@ class Settings:
         Raises:
             SettingsError: a value is unusable. The message says what to change.
         """
-        flags = parse_flags(PROGRAM, DESCRIPTION, CLASSES, arguments, internal=False, absent=ABSENT)
+        flags = parse_flags(
+            *(PROGRAM, DESCRIPTION, CLASSES, arguments),
+            internal=False,
+            ignored=IGNORED,
+            absent=ABSENT,
+        )
         merged = dict(environ)
         if path := flags.get("ENV_FILE") or environ.get("ENV_FILE"):
             merged = merged_environment(read_env_file(Path(path)), _given(environ), *CLASSES)
         merged = merged_environment(merged, flags, *CLASSES)
         for name in _internal_names():
             merged.pop(name, None)  # of an outer launcher, torchrun or MPI: not meant for us
-        warnings = near_misses(merged, environment_names(*CLASSES) | FOREIGN | ABSENT.keys())
+        unused = IGNORED | ABSENT
+        warnings = near_misses(merged, environment_names(*CLASSES) | FOREIGN | unused.keys())
         warnings += [
-            f"{name} is not used: {reason}." for name, reason in ABSENT.items() if merged.get(name)
+            f"{name} is not used: {reason}." for name, reason in unused.items() if merged.get(name)
         ]
         warnings += _check_hostname(merged, is_flag="HOSTNAME" in flags)
         return cls(

@@ -197,6 +197,7 @@ def parse_flags(
     arguments: Sequence[str],
     *,
     internal: bool = True,
+    ignored: Iterable[str] = (),
     absent: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Command-line flags as environment variables, so that one reader checks both.
@@ -205,7 +206,9 @@ def parse_flags(
 
     Args:
         internal: also offer the settings that only the launcher gives to its children.
-        absent: settings of other servers that this one does not have, with the reason to tell.
+        ignored: settings of other servers that are taken, with or without a value, and returned,
+            but mean nothing here.
+        absent: those that are refused instead, with the reason to tell.
     """
     usage = "%(prog)s [--flag VALUE]... (each flag is also an environment variable)"
     parser = _Parser(prog=program, description=description, usage=usage, allow_abbrev=False)
@@ -217,6 +220,10 @@ def parse_flags(
             if field not in seen and (internal or not spec.internal):
                 seen.add(field)
                 _add_flag(group, field, default, spec)
+    for name in ignored:
+        parser.add_argument(
+            _flag(name), dest=name.lower(), nargs="?", const="true", help=argparse.SUPPRESS
+        )
     given = vars(parser.parse_args(list(arguments)))
     return {
         field.upper(): text if isinstance(text, str) else ",".join(text)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tessera.shard.backends.base import Backend
+from tessera.shard.backends.host_memory import return_freed_memory
 from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.base import Layer, Parameter, Source
 from tessera.shard.prequantized import PackedFormat
@@ -195,6 +196,7 @@ def load_weights(
             setattr(layer, attribute, value)
             del value  # the layer's own reference is the last
         layer.pack(backend)
+    return_freed_memory()
 
 
 def _load(

@@ -5,22 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
+from unittest.mock import patch
 
 from benchmark.kernels import Bench
 from benchmark.steps.cases import BLOCK_SIZE
 from benchmark.steps.work import Sizes, sizes_of
 from tessera.proto import shard_pb2
+from tessera.shard import token_choice
 from tessera.shard.backends import load_backend
-from tessera.shard.backends.base import LayerCache, StepLayout
 from tessera.shard.engine import Engine
 from tessera.shard.models import load_model, resolve_dtype
-from tessera.shard.models.base import ImageTiles, Model, Placement
+from tessera.shard.models.base import Model, Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
-from tessera.shard.sampler import SampleRow, sample
+from tessera.shard.sampler import sample
 
 Clock = Callable[[], float]
 
@@ -30,42 +28,42 @@ class Took:
     """Seconds of one step, from its message's bytes to the reply's bytes."""
 
     total_s: float  # by the shard's clock
-    model_s: float  # of that, inside the model
+    needed_s: float  # of that, inside the model and the sampler
     wall_s: float
 
 
-class TimedModel:
-    """A model that adds up the time spent inside it."""
+class Stopwatch:
+    """Adds up the time spent in some functions."""
 
-    def __init__(self, model: Model, clock: Clock) -> None:
-        self._model = model
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.inside_s = 0.0
+        self.total_s = 0.0
+
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, watched."""
+
+        def run(*arguments: Any) -> Any:
+            start = self._clock()
+            try:
+                return work(*arguments)
+            finally:
+                self.total_s += self._clock() - start
+
+        return run
+
+
+class WatchedModel:
+    """A model whose computations are timed."""
+
+    def __init__(self, model: Model, watch: Stopwatch) -> None:
+        self._model = model
+        self.embed = watch.timed(model.embed)
+        self.encode_images = watch.timed(model.encode_images)
+        self.forward = watch.timed(model.forward)
+        self.logits = watch.timed(model.logits)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-    def embed(self, ids_T: Tensor) -> Tensor:
-        """See `Model.embed`."""
-        return self._timed(lambda: self._model.embed(ids_T))
-
-    def encode_images(self, images: list[ImageTiles]) -> list[Tensor]:
-        """See `Model.encode_images`."""
-        return self._timed(lambda: self._model.encode_images(images))
-
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
-        """See `Model.forward`."""
-        return self._timed(lambda: self._model.forward(x_TD, caches, layout))
-
-    def logits(self, hidden_RD: Tensor) -> Tensor | None:
-        """See `Model.logits`."""
-        return self._timed(lambda: self._model.logits(hidden_RD))
-
-    def _timed(self, work: Callable[[], Any]) -> Any:
-        start = self._clock()
-        result = work()
-        self.inside_s += self._clock() - start
-        return result
 
 
 class Shard:
@@ -86,9 +84,8 @@ class Shard:
             self.limits.clock = time.perf_counter
         self.sizes: Sizes = sizes_of(model, config, dtype.itemsize, ranks)  # type: ignore[arg-type]
         self.tile = config.get("vision_config", {}).get("image_size", 0)
-        self.backend = backend
-        self.model = TimedModel(model, self.limits.clock)
-        self.engine = Engine(self.model, placement, BLOCK_SIZE)
+        self._watch = Stopwatch(self.limits.clock)
+        self.engine = Engine(WatchedModel(model, self._watch), placement, BLOCK_SIZE)
         self.engine.allocate_cache(num_blocks)
         # Memory nobody has written to is one page of zeros, which caches hold.
         for cache in self.engine.trial_caches(model.num_layers):
@@ -102,21 +99,12 @@ class Shard:
             RuntimeError: a sequence failed, so the time says nothing.
         """
         sent = step.SerializeToString()
-        self.model.inside_s = 0.0
-        wall, start = time.perf_counter(), self.limits.clock()
-        reply = self.engine.run(shard_pb2.Step.FromString(sent))
-        reply.SerializeToString()
-        took = Took(
-            self.limits.clock() - start, self.model.inside_s, time.perf_counter() - wall
-        )
+        self._watch.total_s = 0.0
+        with patch.object(token_choice, "sample", self._watch.timed(sample)):
+            wall, start = time.perf_counter(), self.limits.clock()
+            reply = self.engine.run(shard_pb2.Step.FromString(sent))
+            reply.SerializeToString()
+            total_s, wall_s = self.limits.clock() - start, time.perf_counter() - wall
         if reply.failures:
             raise RuntimeError(f"a step failed: {reply.failures[0].message}")
-        return took
-
-    @torch.inference_mode()
-    def sample_s(self, batch: int) -> float:
-        """Seconds the sampler takes to choose the likeliest token of `batch` rows."""
-        vocab_size: int = self.model.vocab_size
-        logits_RV = torch.zeros(batch, vocab_size, device=self.backend.device)
-        rows = [SampleRow(shard_pb2.SamplingParams(), [0], 1)] * batch
-        return self.limits.best_s(lambda _: sample(logits_RV, rows))
+        return Took(total_s, self._watch.total_s, wall_s)

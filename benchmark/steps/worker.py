@@ -63,11 +63,10 @@ def measure(shard: Shard, writer: StepWriter, case: Case, rounds: int, ranks: in
         read_rate = max(read_rate, shard.limits.read_rate())
         matrix_rate = max(matrix_rate, shard.limits.matrix_rate())
     shard.run(writer.clear())
-    sampler_s = 0.0 if case.kind == "pictures" else shard.sample_s(case.batch)
     work = case.work(shard.sizes)
     best_s = min(each.total_s for each in took)
     limit_s = work.limit_s(read_rate, matrix_rate)
-    overhead_s = statistics.median(each.total_s - each.model_s for each in took) - sampler_s
+    overhead_s = statistics.median(each.total_s - each.needed_s for each in took)
     is_memory = work.is_memory_bound(read_rate, matrix_rate)
     return Result(
         **asdict(case),

@@ -5,6 +5,7 @@ Layouts: docs.kernel.org, admin-guide/cgroup-v2 and admin-guide/cgroup-v1/memory
 """
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,15 @@ def reset_host_peak(proc: Path = PROC) -> None:
     """Let the next `peak_host_bytes` start from what is resident now (Linux; else no effect)."""
     with contextlib.suppress(OSError):  # a read-only /proc keeps the old peak: an upper bound
         (proc / "clear_refs").write_text("5")
+
+
+def return_freed_memory() -> None:
+    """Give the system what `free` kept for later, where the C library can (glibc).
+
+    Many temporary tensors leave hundreds of megabytes that no later one fits into.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _groups(proc: Path, cgroup: Path) -> Iterator[tuple[Path, _Files]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tessera.shard.backends.base import LayerCache, StepLayout
 
-SMALLEST_DOT = 16  # rows a matrix unit takes at least
+SMALLEST_DOT = 16  # rows and columns a matrix unit takes at least
 MOST_SPLITS = 64
 PROGRAMS_PER_UNIT = 4  # decode programs for each multiprocessor that keep its memory pipes full
 NOTHING = tl.constexpr(-1.0e30)  # below any score, and finite: two of it differ by 0, not by NaN
@@ -44,7 +44,7 @@ def decode_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:
 
 def chunk_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:
     """Many rows, as far as shared memory goes (227 KiB on Hopper)."""
-    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    row_bytes = _head_block(head_size) * dtype.itemsize
     if row_bytes <= 256:
         tiles = Tiles(128, 64, 8, 3)
     elif row_bytes <= 512:
@@ -83,7 +83,7 @@ def attend_decodes(
     acc_SNXH = out_TNH if splits == 1 else _floats(q_TNH, *parts, head_size)
     peak_SNX = out_TNH if splits == 1 else _floats(q_TNH, *parts)
     sum_SNX = out_TNH if splits == 1 else _floats(q_TNH, *parts)
-    head_block = triton.next_power_of_2(head_size)
+    head_block = _head_block(head_size)
     _decode[(sequences, num_kv_heads, splits)](
         out_TNH,
         acc_SNXH,
@@ -158,7 +158,7 @@ def attend_chunks(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD=head_size,
-        D=triton.next_power_of_2(head_size),
+        D=_head_block(head_size),
         POSITIONS=block_size,
         M=tiles.rows,
         N=tiles.keys,
@@ -167,6 +167,10 @@ def attend_chunks(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def _head_block(head_size: int) -> int:
+    return max(SMALLEST_DOT, triton.next_power_of_2(head_size))
 
 
 def _floats(like: Tensor, *size: int) -> Tensor:

@@ -86,12 +86,18 @@ def test_settings_of_the_model_server_that_this_one_lacks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        Settings.read(["--trust-remote-code"], {})
+        Settings.read(["--lora-adapters", "some/adapter"], {})
     assert exit_.value.code == 2
-    assert "no --trust-remote-code here: no code from a model's folder" in capsys.readouterr().err
-    assert Settings.read([], {"USAGE_STATS": "off"}).warnings == (
-        "USAGE_STATS is not used: no usage statistics are collected.",
-    )
+    assert "no --lora-adapters here: adapters are not supported" in capsys.readouterr().err
+
+
+def test_settings_of_the_model_server_that_this_one_can_do_without() -> None:
+    unused = "USAGE_STATS is not used: no usage statistics are collected."
+    assert Settings.read([], {"USAGE_STATS": "off"}).warnings == (unused,)
+    settings = Settings.read(["--trust-remote-code", "--usage-stats", "off", "--port", "80"], {})
+    code = "TRUST_REMOTE_CODE is not used: no code from a model's folder is ever run."
+    assert settings.warnings == (code, unused)
+    assert settings.router.port == 80
 
 
 def test_a_containers_id_is_no_address_to_listen_on() -> None:

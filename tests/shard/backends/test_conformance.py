@@ -1,21 +1,17 @@
 """Every backend that runs here against dense float64 arithmetic."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from tessera.shard.backends.base import Backend, CacheShape, LayerCache, StepLayout
+from tessera.shard.backends import cuda, load_backend
+from tessera.shard.backends.base import Backend, CacheShape
 from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.reference import ReferenceBackend
-
-CPU = torch.device("cpu")
-NAN = float("nan")
-# Largest error relative to the largest expected value.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
 
 
 def built_variants() -> list[str]:
@@ -25,12 +21,17 @@ def built_variants() -> list[str]:
         return []
 
 
-@pytest.fixture(params=["reference", "fused_attention", *built_variants()])
+GPUS = ["cuda"] if cuda.available() else []
+
+
+@pytest.fixture(params=["reference", "fused_attention", *built_variants(), *GPUS])
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "reference":
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":
         return FusedAttentionBackend(CPU)
+    if request.param == "cuda":
+        return cast(Backend, HostFaced(load_backend("cuda")))
     return CpuBackend(CPU, request.param)
 
 
@@ -43,109 +44,6 @@ def test_the_kernels_are_built_where_the_tests_run() -> None:
     if not built_variants():
         pytest.skip("CPU kernels are not built: python -m tessera.shard.backends.build")
     assert built_variants()[-1] == "portable"
-
-
-@dataclass
-class PooledSequence:
-    """One sequence: everything it will ever see, and its blocks."""
-
-    q_CNH: Tensor
-    k_CKH: Tensor
-    v_CKH: Tensor
-    blocks: list[int]
-
-
-class Pool:
-    """Sequences in scattered blocks of a cache whose unused positions are NaN."""
-
-    def __init__(
-        self, lengths: Sequence[int], heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.num_heads, num_kv_heads, head_size = heads
-        self.block_size = 16
-        counts = [-(-length // self.block_size) for length in lengths]
-        shape = CacheShape(1, num_kv_heads, head_size, self.block_size, dtype)
-        self.cache = ReferenceBackend(CPU).new_cache(shape, sum(counts) + 3)[0]
-        self.cache.k_BKPH.fill_(NAN)
-        self.cache.v_BKPH.fill_(NAN)
-        blocks = torch.randperm(sum(counts) + 3, generator=generator).tolist()
-
-        def normal(length: int, rows: int) -> Tensor:
-            return torch.randn(length, rows, head_size, generator=generator).to(dtype)
-
-        self.sequences = [
-            PooledSequence(
-                normal(length, self.num_heads),
-                normal(length, num_kv_heads),
-                normal(length, num_kv_heads),
-                [blocks.pop() for _ in range(count)],
-            )
-            for length, count in zip(lengths, counts, strict=True)
-        ]
-
-    def layout(self, parts: Sequence[tuple[int, int, int]]) -> StepLayout:
-        """The step that computes positions [first, last) of each (s, first, last)."""
-        starts = [0]
-        for _, first, last in parts:
-            starts.append(starts[-1] + last - first)
-        widest = max(len(self.sequences[s].blocks) for s, _, _ in parts)
-        tables = torch.zeros(len(parts), widest, dtype=torch.int32)
-        for row, (s, _, last) in enumerate(parts):
-            used = self.sequences[s].blocks[: -(-last // self.block_size)]
-            tables[row, : len(used)] = torch.tensor(used)
-        positions = [p for _, first, last in parts for p in range(first, last)]
-        slots = [
-            self.sequences[s].blocks[p // self.block_size] * self.block_size + p % self.block_size
-            for s, first, last in parts
-            for p in range(first, last)
-        ]
-        context_lens = tuple(last for _, _, last in parts)
-        return StepLayout(
-            torch.tensor(positions),
-            torch.tensor(slots),
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor(context_lens, dtype=torch.int32),
-            tables,
-            tuple(starts),
-            context_lens,
-        )
-
-    def fill(self, s: int, first: int, last: int) -> None:
-        """Put keys and values of positions [first, last) into the cache."""
-        sequence = self.sequences[s]
-        for p in range(first, last):
-            block, offset = sequence.blocks[p // self.block_size], p % self.block_size
-            self.cache.k_BKPH[block, :, offset] = sequence.k_CKH[p]
-            self.cache.v_BKPH[block, :, offset] = sequence.v_CKH[p]
-
-    def step(
-        self, backend: Backend, parts: Sequence[tuple[int, int, int]], window: int | None = None
-    ) -> list[Tensor]:
-        """The attention of one step, a tensor for each part."""
-        for part in parts:
-            self.fill(*part)
-        q_TNH = torch.cat([self.sequences[s].q_CNH[first:last] for s, first, last in parts])
-        out_TNH = backend.attend(q_TNH, self.cache, self.layout(parts), window)
-        assert out_TNH.dtype == q_TNH.dtype
-        return list(torch.split(out_TNH, [last - first for _, first, last in parts]))
-
-    def expected(self, s: int, first: int, last: int, window: int | None = None) -> Tensor:
-        """Dense attention of positions [first, last) in float64."""
-        sequence = self.sequences[s]
-        group = self.num_heads // sequence.k_CKH.shape[1]
-        q, k, v = (x[:last].double() for x in (sequence.q_CNH, sequence.k_CKH, sequence.v_CKH))
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        scores = torch.einsum("qnh,cnh->nqc", q[first:], k) / q.shape[-1] ** 0.5
-        query, key = torch.arange(first, last)[:, None], torch.arange(last)
-        hidden = (key > query) | (key <= query - (window or last))
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        return torch.einsum("nqc,cnh->qnh", weights, v)
-
-
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    error = (got.double() - expected).abs().max() / expected.abs().max()
-    assert error <= TOLERANCE[got.dtype]  # also false for NaN
 
 
 # Groups of 1, 2, 3, 4, 7, 8, 16 and 20 query heads; head sizes 8 to 256, also odd multiples of 8.
@@ -299,11 +197,6 @@ def test_rotate_and_store(
     assert torch.equal(stored.v_BKPH.double(), heads_TXH[:, -num_kv_heads:])
     untouched = pool.cache.k_BKPH.isnan().all(-1).sum()
     assert untouched == num_kv_heads * (pool.cache.k_BKPH.shape[0] * 16 - 25)
-
-
-def stored_rows(cache: LayerCache, slots_T: Tensor) -> LayerCache:
-    blocks, offsets = slots_T // 16, slots_T % 16
-    return LayerCache(cache.k_BKPH[blocks, :, offsets], cache.v_BKPH[blocks, :, offsets])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tessera.launcher.demo.pictures import held_out
 from tessera.launcher.model_folder import DEMO_FOLDER
+from tessera.shard import weights
 from tessera.shard.backends.base import Linear
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.models import load_model
 from tessera.shard.models.base import Placement
 from tessera.shard.parallel import Group
 from tessera.shard.quantization_names import quantization
-from tessera.shard.quantized import QuantizedWeight
+from tessera.shard.quantized import QuantizedWeight, quantize
 from tests import checkpoints
 from tests.shard.models.cases import ATOL, text_case
 from tests.shard.models.driver import Prompt, Runner, on_ranks, placement
@@ -35,13 +36,11 @@ def quantized(name: str, backend: str = "reference", group: Group | None = None)
 
 
 class WatchingBackend(ReferenceBackend):
-    """Notes what becomes of weights, and how many of them exist as floats at a time."""
+    """Notes what becomes of weights."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.kept: list[tuple[int, torch.Size | tuple[int, int]]] = []  # bits and shape
-        self.floats: list[weakref.ref[Tensor]] = []
-        self.whole: list[weakref.ref[Tensor]] = []  # one code in a byte
+        self.kept: list[tuple[int, tuple[int, ...]]] = []  # bits and shape
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         self.kept.append((8 * weight_OI.itemsize, weight_OI.shape))
@@ -49,17 +48,7 @@ class WatchingBackend(ReferenceBackend):
 
     def quantized_linear(self, weight: QuantizedWeight, bias_O: Tensor | None) -> Linear:
         self.kept.append((weight.bits, weight.shape))
-        self.whole.append(weakref.ref(weight.codes_OI))
-        assert sum(ref() is not None for ref in self.whole) == 1
-        return super().quantized_linear(
-            QuantizedWeight(
-                weight.bits,
-                weight.codes_OI.clone(),
-                weight.scales_OG.clone(),
-                weight.zeros_OG.clone(),
-            ),
-            bias_O,
-        )
+        return super().quantized_linear(weight, bias_O)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
@@ -76,6 +65,23 @@ def test_the_language_models_linears_and_nothing_else(
     # 2 vision layers of 4, 2 in the projector, the head.
     assert len([1 for kept, _ in backend.kept if kept == 16]) == 2 * 4 + 2 + 1
     assert len(backend.kept) == 3 * 4 + 2 * 4 + 2 + 1
+
+
+def test_one_weight_at_a_time_is_floats(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is loaded where its quantised weights and one layer fit."""
+    floats: list[weakref.ref[Tensor]] = []
+
+    def watched(weight_OI: Tensor, bits: int) -> QuantizedWeight:
+        floats.append(weakref.ref(weight_OI))
+        assert sum(ref() is not None for ref in floats) == 1
+        return quantize(weight_OI, bits)
+
+    monkeypatch.setattr(weights, "quantize", watched)
+    load_model(checkpoint("next-mistral"), quantized("int4", "cpu"))
+    assert len(floats) == 3 * 4
+    assert not any(ref() is not None for ref in floats)
 
 
 def test_inputs_that_do_not_divide_stay_floats(

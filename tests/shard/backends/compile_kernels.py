@@ -1,0 +1,84 @@
+"""Compiles every Triton kernel for a Hopper GPU on a machine that has none.
+
+Runs as a process of its own (`python -m tests.shard.backends.compile_kernels`), because Triton either
+interprets or compiles for as long as a process lives. The backend's own functions are called with
+tensors on the host; every launch becomes a compilation, of which one JSON line tells.
+"""
+
+import json
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tessera.shard.backends.triton_backend import TritonBackend
+from tests.shard.backends.pool import Pool
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+# Dtype, query heads, key/value heads, head size, window, multiprocessors (which cut contexts).
+CASES = [
+    (torch.bfloat16, 32, 8, 128, None, 132),
+    (torch.bfloat16, 32, 8, 128, 4096, 1),
+    (torch.float16, 32, 32, 64, None, 1),
+    (torch.bfloat16, 7, 1, 80, None, 132),
+    (torch.bfloat16, 8, 2, 96, None, 1),
+    (torch.bfloat16, 8, 4, 256, None, 132),
+    (torch.float32, 8, 8, 128, None, 1),
+    (torch.float32, 4, 1, 256, None, 132),
+]
+
+
+class AbsentGpu:
+    """What Triton asks a driver for before a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(run: Any, kernel: "JITFunction[Any]", *args: object, **options: object) -> Any:
+    """In place of `JITFunction.run`: compile for the arguments, launch nothing."""
+    compiled = run(kernel, *args, **(options | {"warmup": True}))
+    print(
+        json.dumps(
+            {
+                "kernel": kernel.__name__,
+                "cubin": len(compiled.asm["cubin"]),
+                "shared": compiled.metadata.shared,
+                "matrix_units": any(word in compiled.asm["ptx"] for word in ("wgmma", "mma.sync")),
+            }
+        ),
+        flush=True,
+    )
+    return compiled
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(AbsentGpu())
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, **options: compile_only(run, kernel, *args, **options)
+    for dtype, num_heads, num_kv_heads, head_size, window, units in CASES:
+        backend = TritonBackend(torch.device("cpu"), units)
+        pool = Pool([20, 40], (num_heads, num_kv_heads, head_size), dtype)
+        pool.step(backend, [(0, 19, 20), (1, 0, 40)], window)
+    dtype, width = torch.bfloat16, 4096
+    pool = Pool([40], (32, 8, 128), dtype)
+    layout = pool.layout([(0, 0, 40)])
+    qkv_TF = torch.zeros(40, (32 + 2 * 8) * 128, dtype=dtype)
+    backend.rotate_and_store(qkv_TF, torch.zeros(64, 128), pool.cache, layout)
+    x_TD, weight_D = torch.zeros(40, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    backend.add_rms_norm(x_TD, None, weight_D, 1e-5)
+    backend.add_rms_norm(x_TD, x_TD, weight_D, 1e-5)
+    backend.silu_mul(torch.zeros(40, 2 * 14336, dtype=dtype))
+
+
+if __name__ == "__main__":
+    main()
