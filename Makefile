@@ -11,7 +11,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRAS ?= dev
 
-GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi README.md
+GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi README.md \
+  docker/METRICS.md docker/grafana/dashboards/tessera.json
 
 # `make run` serves the demo model, two shards on a CPU, at port 8000. Every setting is a variable:
 # `make run MODEL_ID=llava-hf/llava-v1.6-mistral-7b-hf NUM_SHARD=1 PORT=8080 DTYPE=bfloat16`.
@@ -56,7 +57,7 @@ proto: typed  ## regenerate the stubs from proto/shard.proto
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. tessera/proto/shard.proto
 
 test: setup client-envs  ## all tests that need no accelerator
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/operations
 
 client-envs: setup  ## install the older clients the tests run into build/client-envs
 	@$(BIN)/python -m tests.clients.environments
@@ -70,6 +71,16 @@ browser:  ## install the chromium that tests of the page at /ui drive (Debian, a
 	@command -v chromium >/dev/null \
 	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
+monitoring:  ## install the Prometheus and Alertmanager of make test-ops (Debian, as root)
+	@command -v prometheus >/dev/null && command -v prometheus-alertmanager >/dev/null \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager; }
+
+test-ops: setup  ## metrics, dashboards and alerts with the real Prometheus, a killed shard included
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) --no-print-directory monitoring || true; fi
+	@command -v prometheus >/dev/null && command -v prometheus-alertmanager >/dev/null \
+	  || echo "NO PROMETHEUS: dashboards and alerts will not be tested" >&2
+	$(BIN)/python -m pytest -q tests/operations
+
 screenshot: setup  ## draw the picture of the page at /ui anew
 	$(BIN)/python -m tests.end_to_end.screenshot
 
@@ -82,8 +93,10 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 	  test "$$before" = "$$(cat $(GENERATED) | sha256sum)" \
 	  || { echo "generated files were not current; 'make proto docs' has written them"; exit 1; }
 
-docs:  ## write the tables of settings and clients into README.md
+docs:  ## write the tables of settings, clients and metrics, and Grafana's dashboard
 	@$(BIN)/python tests/contracts/readme.py
+	@$(BIN)/python tests/contracts/metrics_page.py
+	@$(BIN)/python docker/grafana/dashboard.py
 
 format:  ## format and sort imports
 	$(BIN)/ruff check --fix-only -q

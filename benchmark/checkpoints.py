@@ -5,7 +5,7 @@
     name              model
     llama-125m        12 layers of 768, 12 heads; 134 million parameters with its 32,000 tokens
     llama-1.1b        TinyLlama's shape: 22 layers of 2048, 32 heads over 4 key/value heads
-    llava-next-small  llama-125m under a real CLIP ViT-L/14 336: as many tokens as real pictures take
+    llava-next-small  llama-125m under a real CLIP ViT-L/14 336, so pictures take as many tokens
     llava-next-7b     the sizes of llava-v1.6-mistral-7b, for GPUs
 
 Tensors are bfloat16 and their values random, so answers mean nothing; the times do. Answers never

@@ -4,8 +4,8 @@
     python -m benchmark.step --models llama-125m --only 'decode 8x*'
     python -m benchmark.step --growth --out benchmark/results/step.json --plots benchmark/results
 
-A step's limit is the larger of two times: reading the weights and the cached keys and values once at
-the rate at which a large tensor is read, and the step's arithmetic at the rate of a large matrix
+A step's limit is the larger of two times: reading the weights and the cached keys and values once
+at the rate at which a large tensor is read, and the step's arithmetic at the rate of a large matrix
 product. Both rates are measured between the steps of the case, by the same clock: with one thread
 on a CPU that is processor time, so that neighbours on the machine count less. The best of each
 counts. `overhead` is what a step takes from the message's bytes to the reply's bytes and is neither

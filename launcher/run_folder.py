@@ -29,7 +29,8 @@ def run_folder(parent: Path) -> Iterator[Path]:
         lock = _hold_lock(folder)
     except OSError as error:
         raise LaunchError(
-            f"cannot make a folder in {parent}: {error.strerror}; set TMPDIR to a writable one."
+            f"cannot make a folder in {parent}: {error.strerror}; set TMPDIR to a writable one, or "
+            f"start the container with --tmpfs {parent}."
         ) from None
     try:
         yield folder

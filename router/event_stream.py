@@ -19,6 +19,7 @@ DONE = "data: [DONE]\n\n"
 
 # Made once: `json.dumps` makes one for every call.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+DIRECT_SEND = "direct_send"
 _HEADERS = {
     "content-type": "text/event-stream",
     "cache-control": "no-cache",
@@ -106,7 +107,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         parts = [
-            asyncio.ensure_future(self._send_events(send)),
+            asyncio.ensure_future(self._send_events(scope, send)),
             asyncio.ensure_future(self._keep_alive(send)),
             asyncio.ensure_future(_client_left(receive)),
         ]
@@ -120,9 +121,10 @@ class EventStream(Response):
             self._on_end()
             await _cancel(*parts)
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        send = scope.get("state", {}).get(DIRECT_SEND, send)
         self._is_sending = False
         clock = asyncio.get_running_loop().time
         async with aclosing(self._texts) as texts:

@@ -113,9 +113,11 @@ def _tracing(settings: RouterSettings) -> "Tracing | None":
     """What sends traces; without a collector the library is not even imported."""
     if not settings.otlp_endpoint:
         return None
-    from tessera.router.tracing import Tracing, otlp_exporter
+    from tessera.router.tracing import OtlpExporter, Tracing
 
-    exporter = otlp_exporter(settings.otlp_endpoint)
+    if settings.log_level != "debug":  # it says again and again what our exporter says once
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    exporter = OtlpExporter(settings.otlp_endpoint)
     return Tracing(exporter, settings.otlp_service_name, version("tessera"))
 
 

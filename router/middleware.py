@@ -65,6 +65,7 @@ class ReplyCounter:
             await self._app(scope, receive, send)
             return
         has_begun = False
+        scope.setdefault("state", {})["direct_send"] = send
 
         async def counting_send(message: Message) -> None:
             nonlocal has_begun

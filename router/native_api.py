@@ -30,7 +30,7 @@ from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Batch, collect_all, merge, started
+from tessera.router.token_streams import Reading, collect_all
 from tessera.router.validation import Plan, Validator
 
 logger = logging.getLogger(__name__)
@@ -167,10 +167,11 @@ class NativeApi:
         generations = await self._submit(
             request, ticket, self.validator.plan_native(body, streaming=True)
         )
-        batches = await unless_client_leaves(request, started(merge(generations)))
+        reading = Reading(generations)
+        await unless_client_leaves(request, reading.start())
         ticket.keep()
         return EventStream(
-            _stream_events(batches, generations[0], body.options, full_text, ticket),
+            _stream_events(reading, generations[0], body.options, full_text, ticket),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )
@@ -181,7 +182,7 @@ def _wants_full_text(options: GenerateParameters, default: bool) -> bool:
 
 
 async def _stream_events(
-    batches: AsyncGenerator[Batch, None],
+    reading: Reading,
     generation: Generation,
     options: GenerateParameters,
     full_text: bool,
@@ -192,9 +193,9 @@ async def _stream_events(
     wants_top = bool(options.top_n_tokens)
     index = 0
     try:
-        async for batch in batches:
+        async for _, steps in reading:
             text = ""
-            for _, step in batch:
+            for step in steps:
                 index += 1
                 if step.completion is None:
                     text += json_event(plain_event(index, step, wants_top=wants_top))

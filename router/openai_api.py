@@ -25,7 +25,7 @@ from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, collect_all, merge, started
+from tessera.router.token_streams import Collected, Reading, collect_all
 from tessera.router.validation import Plan, Validator
 
 
@@ -140,11 +140,12 @@ class OpenAIApi:
         envelope: dict[str, Any],
         body: OpenAIBody,
     ) -> Response:
-        batches = await unless_client_leaves(request, started(merge(generations)))
+        reading = Reading(generations)
+        await unless_client_leaves(request, reading.start())
         ticket.keep()
         chunks = Chunks(envelope, wants_usage=body.wants_usage_chunk)
         return EventStream(
-            chunk_events(batches, generations, ticket, writer, chunks, body),
+            chunk_events(reading, generations, ticket, writer, chunks, body),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )

@@ -15,7 +15,7 @@ from tessera.router.replies import InternalError, openai_error
 from tessera.router.request import TokenEvent
 from tessera.router.schemas import OpenAIBody
 from tessera.router.ticket import Generation, Ticket
-from tessera.router.token_streams import Batch
+from tessera.router.token_streams import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Chunks:
 
 
 async def chunk_events(
-    batches: AsyncGenerator[Batch, None],
+    reading: Reading,
     generations: Sequence[Generation],
     ticket: Ticket,
     writer: ChoiceWriter,
@@ -61,9 +61,9 @@ async def chunk_events(
     """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
     completions = []
     try:
-        async for batch in batches:
+        async for index, steps in reading:
             text = ""
-            for index, step in batch:
+            for step in steps:
                 choices = writer.choices(index, step)
                 if step.completion is not None:
                     completions.append(step.completion)

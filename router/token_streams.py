@@ -1,14 +1,14 @@
 """Reading one or several generations: to the end, or event by event as they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass, field
 
 from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.ticket import Generation
 
-Batch = list[tuple[int, TokenEvent]]
-"""Events that came together, each with the index of its generation."""
+Batch = tuple[int, list[TokenEvent]]
+"""The index of a generation, and events of it that came together."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None
         while not is_over:
             events = await generations[0].next_events()
             is_over = events[-1].completion is not None
-            yield [(0, event) for event in events]
+            yield 0, events
         return
     pending = {
         asyncio.ensure_future(generation.next_events()): index
@@ -67,16 +67,12 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None
     try:
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            batch: Batch = []
             for task in sorted(done, key=pending.__getitem__):
-                if batch and task.exception() is not None:
-                    break  # it stays pending, and is raised when the batch has been read
                 index = pending.pop(task)
                 events = task.result()
                 if events[-1].completion is None:
                     pending[asyncio.ensure_future(generations[index].next_events())] = index
-                batch += [(index, event) for event in events]
-            yield batch
+                yield index, events
     finally:
         for task in pending:
             task.cancel()
@@ -89,18 +85,30 @@ def _forget(task: "asyncio.Future[list[TokenEvent]]") -> None:
         task.exception()
 
 
-async def started(batches: AsyncGenerator[Batch, None]) -> AsyncGenerator[Batch, None]:
-    """The same batches once the first is known, so that an early failure can still be a status.
+class Reading:
+    """Generations event by event, in the order the events come."""
 
-    Raises:
-        RouterError: the generation failed before its first token.
-    """
-    return _chain(await anext(batches), batches)
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        self._batches = merge(generations)
+        self._first: Batch | None = None
+
+    async def start(self) -> None:
+        """Wait for the first events, so that a failure before them can still be a status.
+
+        Raises:
+            RouterError: a generation failed before its first token.
+        """
+        self._first = await anext(self._batches)
+
+    def __aiter__(self) -> "Reading":
+        return self
+
+    def __anext__(self) -> Awaitable[Batch]:
+        if self._first is None:
+            return anext(self._batches)
+        first, self._first = self._first, None
+        return _known(first)
 
 
-async def _chain(
-    first: Batch, rest: AsyncGenerator[Batch, None]
-) -> AsyncGenerator[Batch, None]:
-    yield first
-    async for batch in rest:
-        yield batch
+async def _known(batch: Batch) -> Batch:
+    return batch

@@ -9,14 +9,15 @@ Everything is said to the library outright, because it would else read the envir
 import logging
 import threading
 import uuid
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from grpc import Compression
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanLimits, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace import Tracer as SpanTracer
@@ -113,14 +114,38 @@ class RequestTrace:
             logger.exception("request %s: its trace cannot be made", record.request_id)
 
 
-def otlp_exporter(endpoint: str) -> SpanExporter:
-    """Sends to a collector at `http://HOST:PORT`, or `https://`, over gRPC."""
-    return OTLPSpanExporter(
-        endpoint=endpoint,
-        insecure=urlsplit(endpoint).scheme == "http",
-        timeout=SEND_TIMEOUT_S,
-        compression=Compression.Gzip,
-    )
+class OtlpExporter(SpanExporter):
+    """Sends to a collector over gRPC, and says once when it cannot and once when it can again."""
+
+    def __init__(self, endpoint: str) -> None:
+        """`endpoint`: `http://HOST:PORT`, or `https://`."""
+        self._endpoint = endpoint
+        self._exporter = OTLPSpanExporter(
+            endpoint=endpoint,
+            insecure=urlsplit(endpoint).scheme == "http",
+            timeout=SEND_TIMEOUT_S,
+            compression=Compression.Gzip,
+        )
+        self._works = True
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send a batch, within `SEND_TIMEOUT_S` seconds. Called by one thread."""
+        result = self._exporter.export(spans)
+        works = result is SpanExportResult.SUCCESS
+        if works and not self._works:
+            logger.info("traces reach %s again", self._endpoint)
+        elif self._works and not works:
+            logger.warning(
+                "traces do not reach %s and are dropped until they do; requests go on. "
+                "LOG_LEVEL=debug tells why",
+                self._endpoint,
+            )
+        self._works = works
+        return result
+
+    def shutdown(self) -> None:
+        """End a call under way; send no more."""
+        self._exporter.shutdown()
 
 
 def _trace_headers(headers: Headers) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 GROUP = 32
 OUT = 16  # rows of a block of the packed layout
-ROWS_AT_ONCE = 256  # while quantising: temporary floats are a fraction of a layer
+ROWS_AT_ONCE = 64  # while quantising: temporary floats stay in the caches
 SMALLEST_SCALE = 2.0**-24  # above zero in half precision
 # Of a group whose values lie close together but far from zero: half precision ends at 65504, and
 # up to here a zero point is exact to half a code.

@@ -36,6 +36,7 @@ class Span:
 class Sink(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.received: list[bytes] = []  # what came over the wire
+        self.refuses = False
         self._spans: list[Span] = []
         self._changed = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(2))
@@ -45,6 +46,8 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
         self._server.start()
 
     def Export(self, request: Any, context: Any) -> Any:  # noqa: N802  (the name is the RPC's)
+        if self.refuses:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "not now")
         with self._changed:
             self.received.append(request.SerializeToString())
             for resource_spans in request.resource_spans:

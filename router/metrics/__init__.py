@@ -3,7 +3,7 @@
 `docker/METRICS.md`, which is written from the definitions here, lists all of them.
 """
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from tessera.router.generation import ServingLimits
@@ -40,8 +40,8 @@ class Metrics:
 
     @property
     def descriptions(self) -> list[Description]:
-        """Of every metric but the process's."""
-        return self._registry.descriptions
+        """Of every metric."""
+        return self._registry.descriptions + [_described(one) for one in self._process.collect()]
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format, version 0.0.4."""
@@ -49,3 +49,10 @@ class Metrics:
         self.ranks.refresh()
         lines = "".join(f"{line}\n" for line in self._registry.lines())
         return lines.encode() + generate_latest(self._process)
+
+
+def _described(family: Metric) -> Description:
+    """The same about a metric of the client library's."""
+    if family.type == "counter":
+        return Description(f"{family.name}_total", "counter", family.documentation)
+    return Description(family.name, "gauge", family.documentation)

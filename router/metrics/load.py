@@ -77,7 +77,6 @@ class LoadMetrics:
         self._vision_hits = registry.counter(
             "tessera_vision_cache_hits_total",
             "Pictures that did not have to be encoded, counted when their request ends",
-            like="vllm:mm_cache_hits_total",
         )
         self._vision_misses = registry.counter(
             "tessera_vision_cache_misses_total", "Pictures encoded"

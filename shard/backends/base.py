@@ -10,8 +10,9 @@ Shape letters, used as name suffixes in this package:
     L positions of the rotary tables                 R rows that are sampled
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ class Linear(Protocol):
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """x_TI @ weight.T + bias, shape [T, O], dtype of the input."""
+        ...
+
+
+class Recording(Protocol):
+    """Work that a device can do again without being told every operation."""
+
+    num_bytes: int  # of the device's memory that it holds
+
+    def replay(self) -> None:
+        """Do it again, on the same tensors with whatever they hold now."""
         ...
 
 
@@ -159,4 +170,20 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has finished."""
+        ...
+
+    def mark(self) -> Any:
+        """A point in the device's work, to be given to `elapsed_ns`. Waits for nothing."""
+        ...
+
+    def elapsed_ns(self, first: Any, last: Any) -> int:
+        """Nanoseconds of the device between two marks; waits until it has reached the later."""
+        ...
+
+    def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
+        """Do `work` and record it, or return None where a device does not record.
+
+        `work` reads and writes tensors that stay where they are, and does not depend on what is
+        in them. `after` is a recording that never runs while this one does: they share memory.
+        """
         ...

@@ -1,8 +1,15 @@
-"""NVIDIA GPUs, first version: torch's own operations. Never run on hardware."""
+"""NVIDIA GPUs: Triton kernels where they work, recorded decode steps. Never run on hardware; its
+kernels are interpreted and compiled for Hopper by the tests."""
+
+import logging
+from collections.abc import Callable
 
 import torch
 
+from tessera.shard.backends.base import Backend, Recording
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
+
+logger = logging.getLogger(__name__)
 
 
 def available() -> bool:
@@ -10,15 +17,30 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
-def create(device: torch.device) -> "CudaBackend":
-    """The backend of one GPU."""
-    return CudaBackend(device)
+def create(device: torch.device) -> Backend:
+    """The backend of one GPU; torch's own operations where the kernels do not work."""
+    # For this thread, which is the one that computes: Triton launches on the current device.
+    torch.cuda.set_device(device)
+    try:
+        from tessera.shard.backends.triton_backend import flash_works, kernels_work
+        from tessera.shard.backends.triton_cuda import TritonCudaBackend
+    except ImportError:
+        logger.warning("Triton is not installed: computing with torch's slower operations")
+        return CudaBackend(device)
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    backend = TritonCudaBackend(device, units)
+    if not kernels_work(backend):
+        logger.warning("Triton kernels do not work here: computing with torch's slower operations")
+        return CudaBackend(device)
+    backend.flash = flash_works(device)
+    return backend
 
 
-class CudaBackend(FusedAttentionBackend):
-    """Reference operations with fused attention; memory as torch.cuda counts it."""
+class CudaDevice:
+    """What every backend of such a GPU shares: its memory, time and graphs."""
 
     name = "cuda"
+    device: torch.device
 
     def free_memory_bytes(self) -> int:
         """See `Backend.free_memory_bytes`. What torch keeps unused for itself is ours too."""
@@ -41,3 +63,52 @@ class CudaBackend(FusedAttentionBackend):
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
         torch.cuda.synchronize(self.device)
+
+    def mark(self) -> torch.cuda.Event:
+        """See `Backend.mark`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ns(self, first: torch.cuda.Event, last: torch.cuda.Event) -> int:
+        """See `Backend.elapsed_ns`."""
+        last.synchronize()
+        return int(first.elapsed_time(last) * 1e6)
+
+    def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
+        """See `Backend.record`: a CUDA graph, in the memory of the one before it."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            work()  # compiles kernels, makes the libraries' workspaces
+        current.wait_stream(side)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        free_before, _total = torch.cuda.mem_get_info(self.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = after.graph.pool() if isinstance(after, CudaGraph) else None
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+        torch.cuda.empty_cache()
+        free_after, _total = torch.cuda.mem_get_info(self.device)
+        return CudaGraph(graph, max(0, free_before - free_after))
+
+
+class CudaGraph:
+    """See `Recording`."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, num_bytes: int) -> None:
+        self.graph = graph
+        self.num_bytes = num_bytes
+
+    def replay(self) -> None:
+        """See `Recording.replay`."""
+        self.graph.replay()
+
+
+class CudaBackend(CudaDevice, FusedAttentionBackend):
+    """Reference operations with fused attention. Its steps cannot be recorded."""
+
+    def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
+        """See `Backend.record`. These operations wait for lengths on the host."""
+        return None

@@ -3,13 +3,16 @@
 The operations run on any device; the memory functions speak of the host's memory.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.shard.backends.base import CacheShape, LayerCache, Linear, StepLayout
+from tessera.shard.backends.base import CacheShape, LayerCache, Linear, Recording, StepLayout
 from tessera.shard.backends.host_memory import (
     free_host_bytes,
     peak_host_bytes,
@@ -129,6 +132,18 @@ class ReferenceBackend:
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`. On the host everything is finished on return."""
+
+    def mark(self) -> Any:
+        """See `Backend.mark`."""
+        return time.perf_counter_ns()
+
+    def elapsed_ns(self, first: Any, last: Any) -> int:
+        """See `Backend.elapsed_ns`."""
+        return int(last - first)
+
+    def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
+        """See `Backend.record`. Nothing is recorded on the host."""
+        return None
 
 
 class PlainLinear:

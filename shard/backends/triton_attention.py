@@ -37,22 +37,25 @@ class Tiles:
 
 def decode_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:
     """Few rows: what counts is that enough keys are under way."""
-    rows = max(SMALLEST_DOT, triton.next_power_of_2(group))
-    wide = head_size * dtype.itemsize > 256
-    return Tiles(rows, 32 if wide else 64, 4, 3)
+    keys = {256: 64, 512: 32}.get(max(256, _row_bytes(head_size, dtype)), 16)
+    return Tiles(_rows_for(group), keys, 4, 3)
 
 
 def chunk_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:
     """Many rows, as far as shared memory goes (227 KiB on Hopper)."""
-    row_bytes = _head_block(head_size) * dtype.itemsize
-    if row_bytes <= 256:
-        tiles = Tiles(128, 64, 8, 3)
-    elif row_bytes <= 512:
-        tiles = Tiles(64, 64, 8, 2)
-    else:
-        tiles = Tiles(32, 32, 4, 2)
-    least = max(SMALLEST_DOT, triton.next_power_of_2(group))
-    return Tiles(max(tiles.rows, least), tiles.keys, tiles.warps, tiles.stages)
+    if dtype == torch.float32:  # no matrix unit for it: large tiles only take registers
+        return Tiles(max(16, _rows_for(group)), 16, 4, 2)
+    if _row_bytes(head_size, dtype) <= 256:
+        return Tiles(max(128, _rows_for(group)), 64, 8, 3)
+    return Tiles(max(64, _rows_for(group)), 64, 8, 2)
+
+
+def _rows_for(group: int) -> int:
+    return max(SMALLEST_DOT, triton.next_power_of_2(group))
+
+
+def _row_bytes(head_size: int, dtype: torch.dtype) -> int:
+    return _head_block(head_size) * dtype.itemsize
 
 
 def num_splits(sequences: int, num_kv_heads: int, units: int) -> int:
@@ -73,12 +76,13 @@ def attend_decodes(
     sequences: int,
     window: int | None,
     splits: int,
+    tiles: Tiles | None = None,
 ) -> None:
     """The first `sequences` of a step, of one token each; a context of 0 tokens gives zeros."""
     _, num_heads, head_size = q_TNH.shape
     _, num_kv_heads, block_size, _ = cache.k_BKPH.shape
     group = num_heads // num_kv_heads
-    tiles = decode_tiles(head_size, q_TNH.dtype, group)
+    tiles = tiles or decode_tiles(head_size, q_TNH.dtype, group)
     parts = (sequences, num_heads, splits)
     acc_SNXH = out_TNH if splits == 1 else _floats(q_TNH, *parts, head_size)
     peak_SNX = out_TNH if splits == 1 else _floats(q_TNH, *parts)
@@ -353,9 +357,7 @@ def _combine(
     peak_X = tl.load(peaks + part_X, mask=there_X, other=NOTHING)
     sum_X = tl.load(sums + part_X, mask=there_X, other=0.0)
     there_XD = there_X[:, None] & (column_D[None, :] < HEAD)
-    acc_XD = tl.load(
-        accs + part_X[:, None] * HEAD + column_D[None, :], mask=there_XD, other=0.0
-    )
+    acc_XD = tl.load(accs + part_X[:, None] * HEAD + column_D[None, :], mask=there_XD, other=0.0)
     weight_X = tl.exp2(peak_X - tl.max(peak_X, 0))
     total = tl.sum(sum_X * weight_X, 0)
     total = tl.where(total == 0.0, 1.0, total)

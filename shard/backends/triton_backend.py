@@ -97,9 +97,7 @@ def flash_works(device: torch.device) -> bool:
     return _agrees(TritonBackend(device, flash=True), torch.bfloat16, 5e-2, tokens=FLASH_TOKENS)
 
 
-def _agrees(
-    backend: TritonBackend, dtype: torch.dtype, tolerance: float, tokens: int = 40
-) -> bool:
+def _agrees(backend: TritonBackend, dtype: torch.dtype, tolerance: float, tokens: int = 40) -> bool:
     """A decode row, and a prompt with 20 tokens before it, through all operations."""
     try:
         for window in (None, 24):

@@ -1,4 +1,4 @@
-"""Builds the images as a user would: `docker build` with the machine's package indexes as secrets."""
+"""Builds the images as a user would, with the machine's package indexes as secrets."""
 
 import configparser
 import contextlib
@@ -18,6 +18,7 @@ IMAGE = "tessera:test-cpu"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 BUILD_TIMEOUT_S = 900
 TORCH = "torch==2.13.0"
+SECRET_MARK = "a-word-that-only-the-secret-has"
 
 
 def build_image(engine: Engine, file: str, tag: str, *more: str) -> None:
@@ -70,6 +71,7 @@ def _secrets() -> dict[str, Path]:
     if certificates.exists():
         config["global"]["cert"] = "/run/secrets/ca"
         secrets["ca"] = certificates
-    with os.fdopen(os.open(secrets["pip_conf"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    config["a-section-that-pip-ignores"] = {"password": SECRET_MARK}
+    with secrets["pip_conf"].open("w") as file:
         config.write(file)
     return secrets

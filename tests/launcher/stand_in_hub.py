@@ -43,14 +43,14 @@ def etag(data: bytes) -> str:
 
 
 @contextmanager
-def serve(hub: Hub) -> Iterator[Hub]:
-    """Serve `hub` on a free port of this machine; sets its endpoint."""
+def serve(hub: Hub, address: str = "127.0.0.1") -> Iterator[Hub]:
+    """Serve `hub` on a free port of one of this machine's addresses; sets its endpoint."""
 
     class Handler(_Handler):
         served = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    server = ThreadingHTTPServer((address, 0), Handler)
+    hub.endpoint = f"http://{address}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:

@@ -40,7 +40,9 @@ def main(name: str) -> None:
             print("x" * 10_000)
             print("y" * 10_000, file=sys.stderr)
     if "log" in modes:
-        print(json.dumps({"level": "ERROR", "message": "it is warm", "target": "stub"}))
+        event = {"level": "ERROR", "message": "it is warm", "target": "stub", "degrees": 40}
+        print(json.dumps(event))
+        print("first line\n  second line\n{not json", file=sys.stderr)
     if "crash" in modes:
         print("Error: the weights are damaged", file=sys.stderr)
         sys.exit(3)

@@ -75,8 +75,23 @@ def test_the_log_as_json(launch: Launch) -> None:
     events = [json.loads(line) for line in lines if not line.startswith("Error: ")]
     assert len(events) == len(lines) - 1
     relayed = [event for event in events if event.get("child") == "shard 1"]
-    assert [event["level"] for event in relayed if event["message"] == "it is warm"] == ["ERROR"]
+    (warm,) = [event for event in relayed if event["message"] == "it is warm"]
+    assert (warm["level"], warm["degrees"]) == ("ERROR", 40)
     assert any("Did you mean MAX_BATCH_SIZE?" in event["message"] for event in events)
+
+
+def test_every_line_of_a_child_is_told_under_its_name(launch: Launch) -> None:
+    launched = launch(stub={"shard 1": ["log", "crash"]})
+    assert launched.await_end() == 1
+    for said in ("it is warm degrees=40", "first line", "  second line", "{not json"):
+        assert [line for line in launched.log.splitlines() if line.endswith(f"[shard 1] {said}")]
+
+
+def test_the_log_as_json_shows_no_secret(launch: Launch) -> None:
+    launched = launch("--json-output", "--api-key", "sesame", HF_TOKEN="hf_secret")
+    launched.await_log("ready: ")
+    assert "API_KEY=..." in launched.log
+    assert "sesame" not in launched.log and "hf_secret" not in launched.log
 
 
 def test_a_warning_that_shared_memory_is_small_names_the_flag(launch: Launch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export import SpanExportResult
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 
@@ -24,7 +25,7 @@ from tessera.router.model_files import ModelFiles
 from tessera.router.request import FinishReason, Request, SamplingParams, StoppingParams
 from tessera.router.request_record import RequestRecord
 from tessera.router.settings import RouterSettings
-from tessera.router.tracing import Tracing, otlp_exporter
+from tessera.router.tracing import OtlpExporter, Tracing
 from tests.end_to_end.asking import png
 from tests.otlp_sink import Sink, otlp_sink
 from tests.router.http_fakes import FakeGenerator, FakeStream, Script, call, disconnecting, post
@@ -45,7 +46,7 @@ def sink() -> Iterator[Sink]:
 
 @pytest.fixture
 def tracing(sink: Sink) -> Iterator[Tracing]:
-    one = Tracing(otlp_exporter(sink.address), "our.name", "1.2.3")
+    one = Tracing(OtlpExporter(sink.address), "our.name", "1.2.3")
     yield one
     one.close()
 
@@ -169,9 +170,7 @@ def test_a_malformed_parent_counts_as_none(
     assert root.parent_id == "" and root.trace_id != TRACE
 
 
-def test_what_the_client_does_not_sample_is_not_sent(
-    traced_app: MakeApp, sink: Sink, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_client_does_not_sample_is_not_sent(traced_app: MakeApp, sink: Sink) -> None:
     app = traced_app()
     unsampled = {"x-request-id": "quiet", "traceparent": UNSAMPLED}
     post(app, "/generate", BODY, headers=unsampled)
@@ -180,9 +179,7 @@ def test_what_the_client_does_not_sample_is_not_sent(
     assert not [span for span in sink.spans if span.trace_id == TRACE]
 
 
-def test_the_environment_has_no_say(
-    sink: Sink, monkeypatch: pytest.MonkeyPatch, traced_app: MakeApp
-) -> None:
+def test_the_environment_has_no_say(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "OTEL_TRACES_SAMPLER": "always_off",
         "OTEL_SERVICE_NAME": "other",
@@ -193,7 +190,7 @@ def test_the_environment_has_no_say(
         "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "false",
     }.items():
         monkeypatch.setenv(name, value)
-    tracing = Tracing(otlp_exporter(sink.address), "our.name", "1")
+    tracing = Tracing(OtlpExporter(sink.address), "our.name", "1")
     trace = tracing.begin(_headers())
     trace.end(record("one"))
     root = sink.trace_of("one")[""]
@@ -362,14 +359,14 @@ def refusing_collector() -> tuple[str, socket.socket]:
 def test_a_collector_that_is_down_costs_traces_only(
     collector: Callable[[], tuple[str, socket.socket]],
     monkeypatch: pytest.MonkeyPatch,
-    text_app: MakeApp,
+    caplog: pytest.LogCaptureFixture,
     checkpoint: Callable[[str], Path],
     make_validator: Any,
 ) -> None:
     monkeypatch.setattr("tessera.router.tracing.QUEUE_SPANS", 16)
     monkeypatch.setattr("tessera.router.tracing.BATCH_SPANS", 4)
     address, held = collector()
-    tracing = Tracing(otlp_exporter(address), "name", "1")
+    tracing = Tracing(OtlpExporter(address), "name", "1")
     generator = FakeGenerator()
     metrics = Metrics()
     validator = make_validator("llama", generator, metrics)
@@ -381,13 +378,29 @@ def test_a_collector_that_is_down_costs_traces_only(
     closing.start()
     closing.join(10)  # the library's own limit is 30
     assert not closing.is_alive()
+    assert caplog.text.count("traces do not reach") == 1
     assert post(app, "/generate", BODY).status_code == 200
     held.close()
 
 
+def test_a_collector_that_comes_back_is_told(
+    sink: Sink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tessera.router.tracing")
+    monkeypatch.setattr("tessera.router.tracing.SEND_TIMEOUT_S", 0.5)
+    exporter = OtlpExporter(sink.address)
+    sink.refuses = True
+    assert exporter.export([]) is SpanExportResult.FAILURE
+    sink.refuses = False
+    assert exporter.export([]) is SpanExportResult.SUCCESS
+    exporter.shutdown()
+    told = [r.getMessage() for r in caplog.records if r.name == "tessera.router.tracing"]
+    assert len(told) == 2 and told[1] == f"traces reach {sink.address} again"
+
+
 def test_what_is_queued_is_sent_at_the_end(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tessera.router.tracing.SEND_INTERVAL_S", 3600.0)
-    tracing = Tracing(otlp_exporter(sink.address), "name", "1")
+    tracing = Tracing(OtlpExporter(sink.address), "name", "1")
     tracing.begin(_headers()).end(record("one"))
     assert sink.spans == []
     tracing.close()
