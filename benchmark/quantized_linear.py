@@ -3,8 +3,8 @@
     python -m benchmark.quantized_linear --out benchmark/results/quantized_linear.json
 
 All are timed in turn, over copies that no cache holds, as processor time of one thread; the
-shortest counts. `times_limit` is the time over that of reading the weight at the rate that the same run
-measures for a plain sum; `times_bf16` is the time over that of bfloat16.
+shortest counts. `times_limit` is the time over that of reading the weight at the rate that the same
+run measures for a plain sum; `times_bf16` is the time over that of bfloat16.
 """
 
 import argparse

@@ -66,16 +66,16 @@ class _Echo:
         self.text = generation.request.prompt_text if self._wanted else ""
 
     def logprobs(self) -> dict[str, Any]:
-        """Of the prompt's tokens, once the first event is out; the first follows nothing.
-
-        Which other tokens would have been likely is known for answers only, so there it is null.
-        """
+        """Of the prompt's tokens, once the first event is out; the first follows nothing."""
         logprobs = _no_logprobs()
         offset = 0
-        for token in self._stream.prompt_logprobs if self._wanted else ():
+        stream = self._stream
+        for token, top in zip(stream.prompt_logprobs, stream.prompt_top_tokens, strict=True):
+            if not self._wanted:
+                break
             logprobs["tokens"].append(token.text)
             logprobs["token_logprobs"].append(finite(token.logprob))
-            logprobs["top_logprobs"].append(None)
+            logprobs["top_logprobs"].append(_top_logprobs(top) or None)
             logprobs["text_offset"].append(min(offset, len(self.text)))
             offset += self._length(token, offset)
         return logprobs
@@ -92,6 +92,10 @@ class _Echo:
         return length - is_added
 
 
+def _top_logprobs(top: Sequence[TokenInfo]) -> dict[str, float]:
+    return {info.text: json_logprob(info.logprob) for info in top}
+
+
 def _no_logprobs() -> dict[str, Any]:
     """Four parallel lists, one entry per token."""
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -106,6 +110,6 @@ def _extend(
     for token, top in pairs:
         logprobs["tokens"].append(token.text)
         logprobs["token_logprobs"].append(json_logprob(token.logprob))
-        logprobs["top_logprobs"].append({info.text: json_logprob(info.logprob) for info in top})
+        logprobs["top_logprobs"].append(_top_logprobs(top))
         logprobs["text_offset"].append(offset)
         offset += len(token.text)

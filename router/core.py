@@ -247,7 +247,7 @@ class Core:
                     self._fail(flight, GenerationError(failure.message))
         for scored in reply.prompt_logprobs:
             if flight := self._in_flight.get(scored.sequence_id):
-                flight.add_prompt_logprobs(scored.first_position, scored.logprobs)
+                flight.add_prompt_logprobs(scored)
         now = time.perf_counter()
         for token in reply.tokens:
             if flight := self._in_flight.get(token.sequence_id):

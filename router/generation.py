@@ -34,6 +34,8 @@ class TokenStream(Protocol):
     prompt_logprobs: list[TokenInfo]
     """One entry per prompt token, filled when the first event is out and
     `sampling.prompt_logprobs` was set; the first logprob is nan."""
+    prompt_top_tokens: list[tuple[TokenInfo, ...]]
+    """What else was likely in the place of each of them, if `sampling.top_n_tokens` was set too."""
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for the next event; it and what has come after it, at most `MOST_AT_ONCE` in all.

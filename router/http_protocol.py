@@ -40,7 +40,7 @@ class GuardedHttp(HttpToolsProtocol):
         """A client has connected; its first head is awaited."""
         super().connection_made(transport)
         # Nothing may wait unnoticed: writing counts as paused as soon as the system takes no more.
-        transport.set_write_buffer_limits(8192)
+        transport.set_write_buffer_limits(0)
         self._restart_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,8 +1,7 @@
 """A request under way: what its client has been told, and what it is told next."""
 
 import asyncio
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable
 
 from tessera.proto import shard_pb2
 from tessera.router.errors import RouterError
@@ -25,6 +24,7 @@ class RequestStream:
         self.cached_tokens = 0
         self.progress = Progress()
         self.prompt_logprobs: list[TokenInfo] = []
+        self.prompt_top_tokens: list[tuple[TokenInfo, ...]] = []
         self._cancel = cancel
         # Bounded by the request's own max_new_tokens.
         self._events: list[TokenEvent] = []
@@ -86,7 +86,7 @@ class InFlight:
         self._output = Output(tokenizer, sequence.request)
         self._progress = stream.progress
         self._metrics = metrics
-        self._prompt_logprobs: list[float] = []
+        self._prompt_scores: list[tuple[float, tuple[TokenInfo, ...]]] = []
 
     def start(self, now: float) -> None:
         """Note that a step computes something for it."""
@@ -101,10 +101,12 @@ class InFlight:
                 stream.image_tokens,
             )
 
-    def add_prompt_logprobs(self, first_position: int, logprobs: Seq[float]) -> None:
+    def add_prompt_logprobs(self, scored: shard_pb2.PromptLogprobs) -> None:
         """Take the scores of a chunk; a prompt computed again repeats what is already known."""
-        known = 1 + len(self._prompt_logprobs) - first_position
-        self._prompt_logprobs += logprobs[known:]
+        known = 1 + len(self._prompt_scores) - scored.first_position
+        tops = [self._infos(top.tokens) for top in scored.top_tokens[known:]]
+        logprobs = scored.logprobs[known:]
+        self._prompt_scores += zip(logprobs, tops or [()] * len(logprobs), strict=True)
 
     def tell(self, token: shard_pb2.SampledToken, now: float) -> bool:
         """Tell the client about one more token; returns whether it was the last."""
@@ -127,7 +129,7 @@ class InFlight:
         is_special = self._tokenizer.is_special(token.token_id)
         utf8 = self._tokenizer.token_utf8(token.token_id)
         info = TokenInfo(token.token_id, step.token_text, token.logprob, is_special, utf8)
-        top = tuple(self._info(entry.token_id, entry.logprob) for entry in token.top_tokens)
+        top = self._infos(token.top_tokens)
         self.stream.push(TokenEvent(info, text, top, completion))
         return completion is not None
 
@@ -158,9 +160,14 @@ class InFlight:
         request = self.sequence.request
         if request.sampling.prompt_logprobs:
             # The first token of a prompt follows nothing, so it has no probability.
-            missing = len(request.prompt_ids) - len(self._prompt_logprobs)
-            logprobs = [float("nan")] * missing + self._prompt_logprobs
+            missing = len(request.prompt_ids) - len(self._prompt_scores)
+            scores = [(float("nan"), ())] * missing + self._prompt_scores
+            logprobs = [logprob for logprob, _ in scores]
             self.stream.prompt_logprobs += map(self._info, request.prompt_ids, logprobs)
+            self.stream.prompt_top_tokens += [top for _, top in scores]
+
+    def _infos(self, entries: Iterable[shard_pb2.TokenLogprob]) -> tuple[TokenInfo, ...]:
+        return tuple(self._info(entry.token_id, entry.logprob) for entry in entries)
 
     def _info(self, token_id: int, logprob: float) -> TokenInfo:
         tokenizer = self._tokenizer

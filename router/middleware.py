@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.router.docs import PATHS as DOCS_PATHS
@@ -16,6 +15,7 @@ from tessera.router.errors import PayloadTooLarge, Unauthorized, UnsupportedBody
 from tessera.router.metrics.server import OTHER, ServerMetrics
 from tessera.router.playground import PATHS as PLAYGROUND_PATHS
 from tessera.router.replies import InternalError, error_reply
+from tessera.router.request_log import route_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,8 @@ class ReplyCounter:
                 self._count(scope, CLIENT_LEFT)
 
     def _count(self, scope: Scope, status: int) -> None:
-        route, path = scope.get("route"), scope["path"]
-        if isinstance(route, Route):
-            path = route.path
-        elif path not in self._paths:
-            path = OTHER  # what clients make up must not become labels
-        self._metrics.replied(scope["method"], path, status)
+        route = route_of(scope, self._paths) or OTHER
+        self._metrics.replied(scope["method"], route, status)
 
 
 class LastResort:

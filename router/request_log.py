@@ -57,16 +57,22 @@ class RequestLog:
             raise
         finally:
             record.ended = time.perf_counter()
-            record.route = self._route_of(scope)
+            record.route = route_of(scope, self._paths)
             logger.log(_level(record), "request finished", extra={FIELDS: log_fields(record)})
             if record.trace is not None:
                 record.trace.end(record)
 
-    def _route_of(self, scope: Scope) -> str:
-        route, path = scope.get("route"), str(scope["path"])
-        if isinstance(route, Route):
-            return route.path
-        return path if path in self._paths else ""  # what clients make up is not repeated
+
+def route_of(scope: Scope, paths: Collection[str]) -> str:
+    """The address as it is declared; empty for one that there is not.
+
+    What clients make up is not repeated. `paths` are the addresses there are, for requests that
+    were refused before the routing.
+    """
+    route, path = scope.get("route"), str(scope["path"])
+    if isinstance(route, Route):
+        return route.path
+    return path if path in paths else ""
 
 
 def log_fields(record: RequestRecord) -> dict[str, str | int | float]:

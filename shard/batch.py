@@ -12,6 +12,7 @@ from tessera.shard.backends.base import StepLayout
 from tessera.shard.errors import DivergenceError
 from tessera.shard.kv_cache import BlockTables
 from tessera.shard.sequence import SequenceState
+from tessera.shard.upload import upload_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ class Batch:
         """Tokens computed in this step."""
         return self.ids_T.shape[0]
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token for each sequence, the next to be sampled after each."""
+        is_single = len(self.sample_rows) == len(self.sequences) == self.num_tokens
+        return is_single and not self.splices and not self.prompt_spans
+
 
 class BatchBuilder:
     """Keeps the live sequences and turns every step into a `Batch`."""
@@ -86,9 +93,10 @@ class BatchBuilder:
             self._add_chunk(chunk, rows)
         if not rows.ids:
             return None
+        ids_T, layout = self._tensors(rows)
         return Batch(
-            ids_T=torch.tensor(rows.ids, dtype=torch.int64, device=self._device),
-            layout=self._layout(rows),
+            ids_T=ids_T,
+            layout=layout,
             splices=rows.splices,
             sequences=rows.sequences,
             sampled=rows.sampled,
@@ -165,7 +173,8 @@ class BatchBuilder:
             self._tables.append(sequence.table_row, sequence.num_blocks, block_ids)
             sequence.num_blocks += len(block_ids)
 
-    def _layout(self, rows: "_Rows") -> StepLayout:
+    def _tensors(self, rows: "_Rows") -> tuple[Tensor, StepLayout]:
+        """The token ids and where they sit."""
         columns = max(sequence.num_blocks for sequence in rows.sequences)
         tables = self._tables.select([s.table_row for s in rows.sequences], columns)
         starts = np.array(rows.query_start, np.int64)
@@ -176,18 +185,19 @@ class BatchBuilder:
         positions = np.arange(starts[-1]) - (starts[:-1] - (contexts - lengths))[owner]
         blocks = tables[owner, positions // self._block_size].astype(np.int64)
         slots = blocks * self._block_size + positions % self._block_size
-        return StepLayout(
-            positions_T=self._tensor(positions),
-            slots_T=self._tensor(slots),
-            query_start_S1=self._tensor(starts.astype(np.int32)),
-            context_lens_S=self._tensor(contexts.astype(np.int32)),
-            block_tables_SM=self._tensor(tables),
-            query_start=tuple(rows.query_start),
-            context_lens=tuple(rows.context_lens),
+        arrays = (
+            np.array(rows.ids, np.int64),
+            positions,
+            slots,
+            starts.astype(np.int32),
+            contexts.astype(np.int32),
+            np.ascontiguousarray(tables),
         )
-
-    def _tensor(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        ids_T, *placed = upload_together([torch.from_numpy(a) for a in arrays], self._device)
+        layout = StepLayout(
+            *placed, query_start=tuple(rows.query_start), context_lens=tuple(rows.context_lens)
+        )
+        return ids_T, layout
 
 
 def slice_layout(layout: StepLayout, first: int, last: int) -> StepLayout:

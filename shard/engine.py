@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
 from tessera.shard.batch import Batch, BatchBuilder, slice_layout
+from tessera.shard.decode_graphs import DecodeGraphs
 from tessera.shard.errors import DeviceError, GroupLost
 from tessera.shard.models.base import ImageTiles, Model, Placement
 from tessera.shard.prompt_scores import score_prompt
@@ -20,6 +21,7 @@ from tessera.shard.sampler import Sampled
 from tessera.shard.sequence import SequenceState
 from tessera.shard.token_choice import choose_tokens, report_token
 from tessera.shard.token_masks import TokenMaskBox
+from tessera.shard.upload import upload
 from tessera.shard.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Engine:
         self._builder = BatchBuilder(block_size, placement.backend.device)
         self._vision = VisionCache()
         self._caches: list[LayerCache] = []
+        self._graphs: DecodeGraphs | None = None  # recordings over these caches
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -61,7 +64,7 @@ class Engine:
         Raises:
             DeviceError: the device has no room for them.
         """
-        self._caches = []
+        self._caches, self._graphs = [], None
         try:
             self._caches = self.placement.backend.new_cache(self.cache_shape, num_blocks + 1)
         except (RuntimeError, MemoryError) as error:
@@ -70,6 +73,20 @@ class Engine:
                 f"no room for a KV cache of {num_blocks} blocks ({needed / 2**20:.0f} MiB); "
                 "lower MAX_BATCH_TOTAL_TOKENS"
             ) from error
+
+    @torch.inference_mode()
+    def record_decodes(self, sizes: Sequence[int], max_context_len: int) -> int:
+        """Record decode steps of batches of these sizes, where the device can; bytes they hold.
+
+        Steps of several ranks are not recorded, so that they can agree on what failed.
+        """
+        backend = self.placement.backend
+        max_blocks = -(-max_context_len // self.block_size)
+        if self.placement.group.world_size == 1:
+            self._graphs = DecodeGraphs.recorded(
+                backend, self.model, self._caches, sizes, max_blocks
+            )
+        return self._graphs.num_bytes if self._graphs is not None else 0
 
     def trial_caches(self, num_layers: int) -> list[LayerCache]:
         """The caches of the first layers, for the warm-up."""
@@ -95,35 +112,44 @@ class Engine:
         self._builder.release(list(step.released_sequence_ids))
         for content_hash in step.released_images:
             self._vision.release(content_hash)
-        started = time.perf_counter_ns()
+        backend, started_ns = self.placement.backend, time.perf_counter_ns()
+        started = backend.mark()
         self._encode_images(step.images)
-        encoded = time.perf_counter_ns()
-        reply.vision_ns = encoded - started
+        encoded = backend.mark()
         batch = self._builder.build(step)
-        if batch is not None:
-            self._forward(batch, reply, encoded)
+        computed = self._forward(batch, reply) if batch is not None else encoded
+        # Here the device is waited for where sampling has not done so.
+        reply.vision_ns = backend.elapsed_ns(started, encoded)
+        reply.forward_ns = backend.elapsed_ns(encoded, computed)
+        on_device_ns = reply.vision_ns + reply.forward_ns
+        reply.sample_ns = max(0, time.perf_counter_ns() - started_ns - on_device_ns)
         return reply
 
-    def _forward(self, batch: Batch, reply: shard_pb2.StepReply, started: int) -> None:
+    def _forward(self, batch: Batch, reply: shard_pb2.StepReply) -> Any:
+        """Compute and sample; the device's mark between the two."""
         failures: dict[int, str] = {}
         hidden_TD = self._hidden_states(batch, failures)
         for span in batch.prompt_spans:
             score_prompt(self.model, self.placement.group, hidden_TD, batch.ids_T, span, reply)
         logits_RV = None
         if batch.sample_rows:
-            rows_R = torch.tensor(batch.sample_rows, device=hidden_TD.device)
-            logits_RV = self._logits(hidden_TD[rows_R])
-        self.placement.backend.synchronize()
-        forwarded = time.perf_counter_ns()
-        reply.forward_ns = forwarded - started
+            if len(batch.sample_rows) < batch.num_tokens:
+                rows_R = upload(torch.tensor(batch.sample_rows), hidden_TD.device)
+                hidden_TD = hidden_TD[rows_R]
+            logits_RV = self._logits(hidden_TD)
+        computed = self.placement.backend.mark()
         if batch.sampled:
             self._sample(batch.sampled, logits_RV, failures, reply)
-        reply.sample_ns = time.perf_counter_ns() - forwarded
         for sequence_id, message in failures.items():
             reply.failures.add(sequence_id=sequence_id, message=message)
+        return computed
 
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero."""
+        if self._graphs is not None:
+            replayed_TD = self._graphs.hidden_states(batch)
+            if replayed_TD is not None:
+                return replayed_TD
 
         def forward(first: int, last: int) -> Tensor:
             x_TD = self._embed(batch, first, last, failures)
@@ -203,13 +229,14 @@ class Engine:
         reply: shard_pb2.StepReply,
     ) -> None:
         """Choose tokens on rank 0, tell the other ranks, remember them on all."""
-        ids_R = torch.zeros(len(sequences), dtype=torch.int64, device=self.placement.backend.device)
         sampled: list[Sampled] = []
         if logits_RV is not None:
             masks = self._masks_of(reply.step_id, sequences, failures)
             sampled = choose_tokens(logits_RV, masks, sequences, failures)
-            ids_R.copy_(torch.tensor([token.token_id for token in sampled]))
-        token_ids = self.placement.group.broadcast(ids_R).tolist()
+        token_ids = [token.token_id for token in sampled] or [0] * len(sequences)
+        if self.placement.group.world_size > 1:
+            ids_R = torch.tensor(token_ids, device=self.placement.backend.device)
+            token_ids = self.placement.group.broadcast(ids_R).tolist()
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             sequence.token_ids.append(token_id)
         for sequence, token in zip(sequences, sampled, strict=False):

@@ -71,6 +71,18 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     return _report(logits_RV, ids_R, rows)
 
 
+def likeliest(logprobs_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """(id, logprob) of each row's `count` most likely tokens, the likeliest first."""
+    count = min(count, logprobs_RV.shape[-1])
+    if not count:
+        return [[] for _ in range(logprobs_RV.shape[0])]
+    values_RM, ids_RM = logprobs_RV.topk(count, dim=-1)
+    return [
+        list(zip(ids, values, strict=True))
+        for ids, values in zip(ids_RM.tolist(), values_RM.tolist(), strict=True)
+    ]
+
+
 def uniforms(seed: int, position: int, num_ids: int, device: torch.device) -> Tensor:
     """One float64 in (0, 1) per token id: [num_ids].
 
@@ -89,14 +101,7 @@ def uniforms(seed: int, position: int, num_ids: int, device: torch.device) -> Te
 def _report(logits_RV: Tensor, ids_R: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     logprobs_RV = logits_RV.log_softmax(dim=-1)
     logprobs = logprobs_RV.gather(1, ids_R[:, None])[:, 0].tolist()
-    most = min(max((row.params.top_n_tokens for row in rows), default=0), logits_RV.shape[-1])
-    tops: list[list[tuple[int, float]]] = [[] for _ in rows]
-    if most:
-        values_RM, top_ids_RM = logprobs_RV.topk(most, dim=-1)
-        tops = [
-            list(zip(ids, values, strict=True))
-            for ids, values in zip(top_ids_RM.tolist(), values_RM.tolist(), strict=True)
-        ]
+    tops = likeliest(logprobs_RV, max((row.params.top_n_tokens for row in rows), default=0))
     return [
         Sampled(token_id, logprob, tuple(top[: row.params.top_n_tokens]))
         for token_id, logprob, top, row in zip(ids_R.tolist(), logprobs, tops, rows, strict=True)

@@ -1,5 +1,7 @@
 """Intel GPUs, first version: torch's own operations. Never run on hardware."""
 
+from typing import Any
+
 import torch
 
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
@@ -41,3 +43,8 @@ class XpuBackend(FusedAttentionBackend):
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
         torch.xpu.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """See `Backend.mark`. This one waits: the host's clock is the only one tried."""
+        self.synchronize()
+        return super().mark()

@@ -49,6 +49,11 @@ def test_a_shard_is_told_its_place_in_the_group() -> None:
     assert first.json_output
 
 
+def test_every_shard_is_told_how_to_round_weights() -> None:
+    told = shards(plan("--num-shard", "2", "--quantize", "int4", ISQ="8"))
+    assert [shard.quantize for shard in told] == ["int4", "int4"]
+
+
 def test_one_shard_needs_no_rendezvous() -> None:
     (only,) = shards(plan())
     assert (only.world_size, only.rendezvous) == (1, "")

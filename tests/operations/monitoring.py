@@ -153,7 +153,9 @@ def _write_settings(folder: Path, scraped: int, told: int, alertmanager: int) ->
     (folder / "alerts.yml").write_text(re.sub(r"(?m)^( +for:) \d+s$", r"\1 2s", rules))
     settings = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    settings["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{scraped}"]
+    job = settings["scrape_configs"][0]
+    del job["dns_sd_configs"]
+    job["static_configs"] = [{"targets": [f"127.0.0.1:{scraped}"]}]
     peers = settings["alerting"]["alertmanagers"][0]["static_configs"][0]
     peers["targets"] = [f"127.0.0.1:{alertmanager}"]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))

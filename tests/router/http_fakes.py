@@ -61,6 +61,7 @@ class FakeStream:
         self.cached_tokens = 3
         self.progress = Progress()
         self.prompt_logprobs: list[TokenInfo] = []
+        self.prompt_top_tokens: list[tuple[TokenInfo, ...]] = []
         self.num_closed = 0
         self._script = script
         self._copy = copy
@@ -78,6 +79,8 @@ class FakeStream:
                 TokenInfo(i, f"p{i}", -0.5 if n else float("nan"))
                 for n, i in enumerate(self.request.prompt_ids)
             ]
+            tops = [(p,) * self.request.sampling.top_n_tokens for p in self.prompt_logprobs[1:]]
+            self.prompt_top_tokens = [(), *tops]
         for n, piece in enumerate(script.texts):
             await asyncio.sleep(script.delay_s if n else script.first_delay_s)
             if script.error is not None and n == script.error_after:

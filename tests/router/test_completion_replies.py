@@ -100,6 +100,7 @@ def test_offsets_are_places_in_the_text() -> None:
         TokenInfo(n, piece.decode(errors="replace"), -0.5, n == 0, piece)
         for n, piece in enumerate(pieces)
     ]
+    stream.prompt_top_tokens = [()] * len(pieces)
     done = Completion(FinishReason.LENGTH, "!", 1, None, TIMINGS)
     generation = Generation(request, stream, aiter(stream))
     choice = completion_choice(

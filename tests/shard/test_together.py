@@ -112,7 +112,7 @@ def test_pictures_are_encoded_in_parts_when_one_rank_is_short() -> None:
 
 
 def test_prompt_logprobs_are_the_same_when_they_are_scored_in_parts() -> None:
-    params = shard_pb2.SamplingParams(prompt_logprobs=True)
+    params = shard_pb2.SamplingParams(prompt_logprobs=True, top_n_tokens=2)
     step = shard_pb2.Step(chunks=[chunk(0, [5, 6, 7, 8, 9], sampling=params)])
     again = shard_pb2.Step(released_sequence_ids=[0], chunks=step.chunks)
 
@@ -129,6 +129,12 @@ def test_prompt_logprobs_are_the_same_when_they_are_scored_in_parts() -> None:
     first, second = engines(change, step, again)[0]
     assert len(first.prompt_logprobs[0].logprobs) == 4
     assert first.prompt_logprobs[0].logprobs == pytest.approx(second.prompt_logprobs[0].logprobs)
+    for scored in (first.prompt_logprobs[0], second.prompt_logprobs[0]):
+        assert len(scored.top_tokens) == 4
+        for token_id, top in zip([6, 7, 8, 9], scored.top_tokens, strict=True):
+            row_V = TableModel().table_VV[token_id - 1].log_softmax(-1)
+            assert [t.token_id for t in top.tokens] == row_V.topk(2).indices.tolist()
+            assert [t.logprob for t in top.tokens] == pytest.approx(row_V.topk(2).values.tolist())
     assert tokens(first) == tokens(second)
 
 
