@@ -6,8 +6,8 @@
 
 A state is any name git knows, or `.` for the files as they are here. The command is run here, once
 with each state's `tessera` in turn, and writes JSON to {out}; --value says which number counts.
-So both are measured by the same benchmark. What is printed is the median of the rounds' ratios B / A
-with an interval: where it leaves 1 out, the difference is no accident.
+So both are measured by the same benchmark. What is printed is the median of the rounds' ratios
+B / A with an interval: where it leaves 1 out, the difference is no accident.
 """
 
 import argparse

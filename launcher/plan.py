@@ -52,6 +52,7 @@ class Place:
     http_socket_fd: int
     ready_fd: int
     launcher_pid: int
+    incarnation: int = 0  # how often the shards were started before
 
 
 def plan_processes(settings: Settings, devices: Devices, place: Place) -> list[ProcessSpec]:
@@ -131,12 +132,13 @@ def _plan_shard(
 ) -> ProcessSpec:
     told = settings.shard
     threads = told.num_threads or max(1, devices.cores // world_size)
-    rendezvous = place.run_folder / "rendezvous"
+    rendezvous = place.run_folder / f"rendezvous-{place.incarnation}"
     shard = replace(
         told,
         model_id=str(place.model_folder),
         rank=rank,
         world_size=world_size,
+        incarnation=place.incarnation,
         shard_uds_path=prefix,
         device=_device_of(told.device, devices, rank),
         num_threads=threads,

@@ -28,7 +28,10 @@ from tessera.router.settings import RouterSettings
 from tessera.shard.settings import ShardSettings
 
 PROGRAM = "tessera-launcher"
-DESCRIPTION = "Serve a language or vision-language model over HTTP, split over one or more shards."
+DESCRIPTION = (
+    "Serve a language or vision-language model over HTTP, split over one or more shards. With "
+    "--plan [--memory SIZE] [--json]: only say what memory that takes, without loading weights."
+)
 DEFAULT_HOSTNAME = "0.0.0.0"
 
 # Other names of the environment files that this server is deployed with.
@@ -75,6 +78,12 @@ class LauncherSettings:
     )
     shm_size: int | None = setting(
         None, "shared memory (/dev/shm) to insist on, such as 8g; empty: what is needed", byte_size
+    )
+    max_shard_restarts: int = setting(
+        3,
+        "times within ten minutes that lost shards are started anew, requests under way going on; "
+        "0: the server ends",
+        integer(0),
     )
     startup_timeout: int = setting(
         900, "seconds until the server must be ready, downloads not counted", integer(1)

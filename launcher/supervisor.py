@@ -63,6 +63,14 @@ class StopRequested(Exception):
     """A signal asked this process to end; not an error."""
 
 
+class ChildEnded(LaunchError):
+    """A child that was to stay has ended; the message says how."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @contextlib.contextmanager
 def signals_to(events: Events) -> Iterator[None]:
     """Turn SIGTERM, SIGINT and SIGHUP into events; a hang-up that was ignored stays so (nohup)."""
@@ -221,11 +229,31 @@ class Supervisor:
 
         threading.Thread(target=read, name="report", daemon=True).start()
 
+    def end(self, children: Sequence[Child]) -> None:
+        """End children at once and forget them; other events are taken later.
+
+        Raises:
+            LaunchError: one does not end.
+        """
+        others: list[Event] = []
+        for child in children:
+            child.kill()
+        deadline = self._clock() + KILL_WAIT_S
+        while any(child.code is None for child in children):
+            event = self._next(deadline)
+            if event is None:
+                raise LaunchError("a killed process does not end; the system is stuck.")
+            if not isinstance(event, Ended):
+                others.append(event)
+        self._children = [child for child in self._children if child not in children]
+        for event in others:
+            self._events.put(event)
+
     def wait_for_word(self, deadline: float | None = None) -> str | None:
         """The next line on a report pipe; None when the deadline passed without one.
 
         Raises:
-            LaunchError: a child ended first.
+            ChildEnded: a child ended first.
             StopRequested: this process was told to stop.
         """
         while (event := self._next(deadline)) is not None:
@@ -235,7 +263,7 @@ class Supervisor:
                 case Signalled():
                     raise StopRequested
                 case Ended():
-                    raise LaunchError(self._describe_death(event))
+                    raise ChildEnded(event.name, self._describe_death(event))
         return None
 
     def wait_for_end(self, child: Child) -> None:

@@ -46,6 +46,7 @@ class InfoReply(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     USED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     world_size: _builtins.int
     model_type: _builtins.str
@@ -62,6 +63,8 @@ class InfoReply(_message.Message):
     """ids the sampler may return are below this"""
     used_memory_bytes: _builtins.int
     """now: tensors on an accelerator, the process on a CPU"""
+    incarnation: _builtins.int
+    """how often the shards had been started before"""
     def __init__(
         self,
         *,
@@ -74,10 +77,11 @@ class InfoReply(_message.Message):
         block_size: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         used_memory_bytes: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "model_type", b"model_type", "rank", b"rank", "used_memory_bytes", b"used_memory_bytes", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "model_type", b"model_type", "rank", b"rank", "used_memory_bytes", b"used_memory_bytes", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,6 +28,14 @@ from tessera.router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES = 1
+"""A request that computes while shards are lost may be what kills them: it is tried once more."""
+
+PATIENCE_S = 60.0
+"""How long requests wait for new shards."""
+
+SHARD_LOST = "a shard was lost; the request can be retried"
+
 
 @dataclass(frozen=True, slots=True)
 class _SentStep:
@@ -75,6 +83,8 @@ class Core:
         self._queue_time = QueueTime(max_queue_time_s, clock)
         self._queue_timer: asyncio.TimerHandle | None = None
         self._draining = False
+        self._is_suspended = False  # between two incarnations of the shards
+        self._impatience: asyncio.TimerHandle | None = None
         self._lost: str | None = None
 
     @property
@@ -86,22 +96,31 @@ class Core:
 
     @property
     def ready(self) -> bool:
-        """Whether a request submitted now would be run."""
+        """Whether a request submitted now would be run at once."""
+        return self._takes_requests and not self._is_suspended
+
+    @property
+    def _takes_requests(self) -> bool:
         return self._scheduler is not None and self._lost is None and not self._draining
 
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
-        """Take requests from now on; called once, after the warm-up."""
+        """Take requests from now on; called after each warm-up."""
         self._limits = limits
-        self._scheduler = Scheduler(scheduling, pool)
-        self._metrics.open(limits, self._scheduler)
+        if self._scheduler is None:
+            self._scheduler = Scheduler(scheduling, pool)
+            self._metrics.open(limits, self._scheduler)
+        else:
+            self._resume(self._scheduler, pool)
 
     def drain(self) -> None:
-        """Refuse new requests; those under way go on."""
+        """Refuse new requests; those under way go on, where there are shards."""
         self._draining = True
+        if self._is_suspended:
+            self.end_all(SHARD_LOST)
 
     def submit(self, request: Request) -> RequestStream:
         """Queue one request. See `generation.Generator.submit`."""
-        if self._scheduler is None or not self.ready:
+        if self._scheduler is None or not self._takes_requests:
             raise NotReadyError(self._why_not_ready())
         sequence = Sequence(next(self._ids), request)
         stream = RequestStream(sequence, cancel=partial(self.cancel, sequence))
@@ -133,15 +152,12 @@ class Core:
         """Run steps until cancelled.
 
         Raises:
-            ShardsLost: after every request under way has been told.
+            ShardsLost: `suspend` or `lose` is to be called next.
         """
         if self._scheduler is None:
             raise RuntimeError("Core.run before Core.open")
         try:
             await self._run_steps(self._scheduler)
-        except ShardsLost as error:
-            self.lose(error)
-            raise
         finally:
             self._masks.close()
 
@@ -149,7 +165,45 @@ class Core:
         """Tell every request under way that the shards are gone, and take no more of them."""
         self._lost = str(error)
         logger.error("%s", error)
-        self.end_all("a shard was lost; the request can be retried")
+        self.end_all(SHARD_LOST)
+
+    def suspend(self, error: ShardsLost) -> None:
+        """The shards are gone and new ones are awaited, with which all goes on (`open`)."""
+        logger.error("%s", error)
+        self._masks = GuidanceMasks(self._shards, self._on_mask_failure)
+        if self._scheduler is None or self._is_suspended:
+            return
+        self._is_suspended = True
+        self._metrics.ranks.lost()
+        for sequence in list(self._scheduler.running):
+            self._suspend(self._in_flight[sequence.sequence_id])
+        if self._draining:
+            self.end_all(SHARD_LOST)
+        self._impatience = asyncio.get_running_loop().call_later(PATIENCE_S, self._lose_patience)
+
+    def _suspend(self, flight: InFlight) -> None:
+        flight.sequence.num_losses += 1
+        if flight.sequence.num_losses > MAX_LOSSES:
+            self._fail(flight, GenerationError("shards were lost again while computing it"))
+        else:
+            flight.stream.progress.preempted_at.append(time.perf_counter())
+
+    def _lose_patience(self) -> None:
+        self._lost = "not back in time"
+        self.end_all(SHARD_LOST)
+
+    def _resume(self, scheduler: Scheduler, pool: BlockPool) -> None:
+        """Compute anew what the lost shards had computed; clients notice a pause."""
+        if self._impatience is not None:
+            self._impatience.cancel()
+        self._lost, self._is_suspended = None, False
+        scheduler.begin_anew(pool)
+        for flight in list(self._in_flight.values()):
+            request = flight.sequence.request
+            longest = len(request.prompt_ids) + request.stopping.max_new_tokens
+            if pool.blocks_for(longest) > pool.num_blocks:
+                self._fail(flight, GenerationError("it does not fit into the new shards' cache"))
+        logger.info("%d requests go on with new shards", len(self._in_flight))
 
     def end_all(self, reason: str) -> None:
         """End every request under way with an error that says why."""

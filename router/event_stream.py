@@ -150,7 +150,8 @@ class EventStream(Response):
                 continue
             if not self._is_sending:
                 async with self._commenting:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    message = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
+                    await send(message)
             self._last_sent = clock()
 
     async def _commented(self) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -26,6 +25,7 @@ from tessera.router.http_protocol import GuardedHttp
 from tessera.router.limits import cache_shortfall, scheduler_limits, serving_limits, warmup_request
 from tessera.router.metrics import Metrics
 from tessera.router.model_files import ModelFiles, ModelFilesError
+from tessera.router.report import Report
 from tessera.router.settings import RouterSettings
 from tessera.router.shards import ShardGroup, ShardsLost, WarmupFailed
 from tessera.router.tokenizer import Tokenizer
@@ -132,7 +132,26 @@ class _Server(uvicorn.Server):
 async def _run_model(
     settings: RouterSettings, core: Core, shards: ShardGroup, files: ModelFiles
 ) -> None:
-    """Wait for the shards, warm them up, then run steps until cancelled."""
+    """Run steps until cancelled, with new shards whenever some are lost."""
+    report = Report(settings.ready_fd)
+    while True:
+        try:
+            await _open(settings, core, shards, files)
+            report.ready()
+            await run_watched(core, shards)
+        except ShardsLost as error:
+            if not report.is_read:  # nobody starts new ones
+                core.lose(error)
+                raise
+            core.suspend(error)
+            report.lost(shards.incarnation, str(error))
+            await shards.close()
+
+
+async def _open(
+    settings: RouterSettings, core: Core, shards: ShardGroup, files: ModelFiles
+) -> None:
+    """Wait for the shards, warm them up, then take requests."""
     logger.info("waiting for %s shard(s)", settings.num_shard)
     info = await shards.connect()
     logger.info("loaded %s in %s on %s, warming up", info.model_type, info.dtype, info.device)
@@ -148,24 +167,19 @@ async def _run_model(
     )
     if shortfall := cache_shortfall(settings, limits, info.block_size):
         logger.warning("%s", shortfall)
-    _report_ready(settings.ready_fd)
-    await run_watched(core, shards)
 
 
 async def run_watched(core: Core, shards: ShardGroup) -> None:
-    """Run steps until cancelled, unless a rank hangs.
+    """Run steps until cancelled.
 
     Raises:
-        ShardsLost: after every request under way has been told.
+        ShardsLost: a rank is gone, or hangs.
     """
     stepping = asyncio.create_task(core.run())
     watching = asyncio.create_task(shards.watch())
     try:
         await asyncio.wait([stepping, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not stepping.done() and isinstance(error := watching.exception(), ShardsLost):
-            core.lose(error)
-            raise error
-        await stepping
+        await (stepping if stepping.done() else watching)
     finally:
         for task in (stepping, watching):
             task.cancel()
@@ -219,12 +233,6 @@ def _http_socket(settings: RouterSettings) -> socket.socket:
             f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror}; "
             "set PORT to a free one."
         ) from None
-
-
-def _report_ready(ready_fd: int | None) -> None:
-    if ready_fd is not None:
-        os.write(ready_fd, b"ready\n")
-        os.close(ready_fd)
 
 
 def _optional_path(text: str) -> Path | None:

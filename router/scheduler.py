@@ -184,6 +184,18 @@ class Scheduler:
         self._put_back(again)
         return again
 
+    def begin_anew(self, pool: BlockPool) -> None:
+        """The shards are new ones with an empty cache: what was running waits, first of all."""
+        self.pool = pool
+        self.images = ImageStore(self.limits.vision_cache_tokens)
+        self._released = []
+        for sequence in reversed(self.running):
+            self._put_back(sequence)
+        self.running.clear()
+        for sequence in self.waiting:
+            sequence.forget_computed()
+            self.images.need(sequence.sequence_id, _images_of(sequence))
+
     def _take_out(self, sequence: Sequence) -> bool:
         """Remove a sequence from wherever it is; False if it is over."""
         if sequence in self.running:

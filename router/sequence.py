@@ -30,6 +30,7 @@ class Sequence:
     was_admitted: bool = False
     has_borrowed: bool = False  # blocks that it did not compute since it was last let in
     is_apart: bool = False  # neither takes blocks from others nor leaves any
+    num_losses: int = 0  # shards that were lost while they computed it
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -65,6 +66,12 @@ class Sequence:
         """Whether all tokens it may generate are planned."""
         planned = self.num_generated + self.num_pending
         return planned >= self.request.stopping.max_new_tokens
+
+    def forget_computed(self) -> None:
+        """The shards that computed it are gone, with all that was on its way."""
+        self.num_pending = self.num_computed = self.num_published = 0
+        self.block_ids = []
+        self.sent_to_shards = self.has_borrowed = False
 
     def images_between(self, first: int, last: int) -> list[PlacedImage]:
         """Images with a placeholder at a position in [first, last)."""

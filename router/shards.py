@@ -1,6 +1,7 @@
 """The ranks of one model as one: every step goes to all, the answer comes from rank 0."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -70,12 +71,19 @@ class ShardGroup:
         self._streams: list[StepStream] = []
         self._next_step_id = 0
         self._writing = asyncio.Lock()  # a stream takes one message at a time
+        self.incarnation = -1
+        """Which one of the shards is or was last connected; ranks of it are not connected again."""
 
     async def connect(self, poll_s: float = 0.2) -> ShardsInfo:
-        """Wait until every rank has loaded its weights. Never gives up: the launcher does."""
+        """Wait until every rank of a new incarnation has loaded its weights.
+
+        Never gives up: the launcher does.
+        """
         self._channels = [grpc.aio.insecure_channel(t, options=OPTIONS) for t in self._targets]
         self._stubs = [shard_pb2_grpc.ShardStub(channel) for channel in self._channels]
         infos = [await self._info(rank, poll_s) for rank in range(len(self._stubs))]
+        # Should some be newer than others, the older ones are gone meanwhile.
+        self.incarnation = min(info.incarnation for info in infos)
         first = infos[0]
         return ShardsInfo(
             first.model_type,
@@ -92,11 +100,14 @@ class ShardGroup:
 
         Raises:
             WarmupFailed: the model does not fit as configured.
+            ShardsLost: a rank is gone.
         """
         calls = [stub.Warmup(request) for stub in self._stubs]
         try:
             replies = await asyncio.gather(*calls)
         except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise ShardsLost(f"a rank is gone: {_reason(error)}") from error
             raise WarmupFailed(error.details() or "warm-up failed") from None
         for rank, reply in enumerate(replies):
             logger.info(
@@ -107,6 +118,7 @@ class ShardGroup:
                 reply.num_blocks,
                 reply.block_bytes / 2**10,
             )
+        self._next_step_id = 0
         self._streams = [stub.Steps() for stub in self._stubs]
         return min(reply.num_blocks for reply in replies)
 
@@ -174,13 +186,16 @@ class ShardGroup:
             stream.cancel()
         for channel in self._channels:
             await channel.close()
+        for state in self.ranks:
+            state.answers = False
 
     async def _info(self, rank: int, poll_s: float) -> shard_pb2.InfoReply:
         while True:
-            try:
-                return await self._ask(rank, 5)
-            except grpc.aio.AioRpcError:
-                await asyncio.sleep(poll_s)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                info = await self._ask(rank, 5)
+                if info.incarnation > self.incarnation:
+                    return info
+            await asyncio.sleep(poll_s)
 
     async def _ask(self, rank: int, timeout_s: float) -> shard_pb2.InfoReply:
         state = self.ranks[rank]

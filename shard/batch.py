@@ -194,8 +194,15 @@ class BatchBuilder:
             np.ascontiguousarray(tables),
         )
         ids_T, *placed = upload_together([torch.from_numpy(a) for a in arrays], self._device)
+        positions_T, slots_T, query_start_S1, context_lens_S, block_tables_SM = placed
         layout = StepLayout(
-            *placed, query_start=tuple(rows.query_start), context_lens=tuple(rows.context_lens)
+            positions_T=positions_T,
+            slots_T=slots_T,
+            query_start_S1=query_start_S1,
+            context_lens_S=context_lens_S,
+            block_tables_SM=block_tables_SM,
+            query_start=tuple(rows.query_start),
+            context_lens=tuple(rows.context_lens),
         )
         return ids_T, layout
 

@@ -2,8 +2,8 @@
 faster than a host can name its operations.
 
 One recording for each of some batch sizes; a step takes the next larger one. All read the same
-tensors, which hold the step's rows, then rows of no sequence: their keys and values go to the scratch
-block, and they see nothing.
+tensors, which hold the step's rows, then rows of no sequence: their keys and values go to the
+scratch block, and they see nothing.
 """
 
 import logging

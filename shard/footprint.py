@@ -1,7 +1,7 @@
 """What a model takes, from its configuration alone: `python -m tessera.shard.footprint FOLDER`.
 
-The model is built without its weights, so that every number comes from the layers themselves. Weights
-and cache are exact. What a step takes is an estimate; the warm-up measures it.
+The model is built without its weights, so that every number comes from the layers themselves.
+Weights and cache are exact. What a step takes is an estimate; the warm-up measures it.
 """
 
 import argparse

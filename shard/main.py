@@ -94,6 +94,7 @@ def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLa
         backend=backend.name,
         block_size=settings.block_size,
         vocab_size=model.vocab_size,
+        incarnation=settings.incarnation,
     )
     return engine, info, layout_from_config(config)
 

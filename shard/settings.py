@@ -16,6 +16,9 @@ class ShardSettings:
     )
     world_size: int = setting(1, "shards in the group", integer(1, 64), internal=True)
     shard_uds_path: str = setting("", "prefix of the shards' unix sockets; '-<rank>' is added")
+    incarnation: int = setting(
+        0, "how often the shards of this server were started before", integer(0), internal=True
+    )
     rendezvous: str = setting(
         "",
         "where the ranks meet, such as file:///folder/name; empty: MASTER_ADDR and MASTER_PORT",

@@ -30,6 +30,14 @@ class RankMetrics:
             "dtype",
         )
 
+        self._losses = registry.counter(
+            "tessera_shard_restarts_total", "Times that all shards were given up and started anew"
+        )
+
+    def lost(self) -> None:
+        """All shards are given up for new ones."""
+        self._losses.increase()
+
     def follow(self, ranks: Sequence[RankState]) -> None:
         """Read these from now on, in order of rank."""
         self._ranks = ranks

@@ -66,7 +66,7 @@ class CudaDevice:
 
     def mark(self) -> torch.cuda.Event:
         """See `Backend.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -77,7 +77,8 @@ class CudaDevice:
 
     def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
         """See `Backend.record`: a CUDA graph, in the memory of the one before it."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             work()  # compiles kernels, makes the libraries' workspaces

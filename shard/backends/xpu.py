@@ -1,10 +1,19 @@
-"""Intel GPUs, first version: torch's own operations. Never run on hardware."""
+"""Intel GPUs by torch.xpu: IPEX's kernels where it is installed beside its torch, else Triton's,
+else torch's own operations. Never run on hardware; the tests run it on a simulated device."""
 
+import logging
+import time
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from tessera.shard.backends.base import Backend, Recording
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
+from tessera.shard.backends.ipex_version import ipex_fits
+
+logger = logging.getLogger(__name__)
 
 
 def available() -> bool:
@@ -12,15 +21,40 @@ def available() -> bool:
     return torch.xpu.is_available()
 
 
-def create(device: torch.device) -> "XpuBackend":
-    """The backend of one GPU."""
-    return XpuBackend(device)
+def create(device: torch.device) -> Backend:
+    """The backend of one GPU: the fastest one whose kernels give the right results on it."""
+    torch.xpu.set_device(device)  # of this thread, which is the one that computes
+    return _with_ipex(device) or _with_triton(device) or XpuBackend(device)
 
 
-class XpuBackend(FusedAttentionBackend):
-    """Reference operations with fused attention; memory as torch.xpu counts it."""
+def _with_ipex(device: torch.device) -> Backend | None:
+    if not ipex_fits():
+        return None
+    from tessera.shard.backends import ipex
+
+    return ipex.working_backend(device)
+
+
+def _with_triton(device: torch.device) -> Backend | None:
+    try:
+        from tessera.shard.backends.triton_backend import kernels_work
+        from tessera.shard.backends.triton_xpu import TritonXpuBackend
+    except ImportError:
+        logger.warning("Triton is not installed: computing with torch's slower operations")
+        return None
+    units = torch.xpu.get_device_properties(device).gpu_subslice_count
+    backend = TritonXpuBackend(device, units)
+    if kernels_work(backend):
+        return backend
+    logger.warning("Triton kernels do not work here: computing with torch's slower operations")
+    return None
+
+
+class XpuDevice:
+    """What every backend of such a GPU shares: its memory and time."""
 
     name = "xpu"
+    device: torch.device
 
     def free_memory_bytes(self) -> int:
         """See `Backend.free_memory_bytes`. What torch keeps unused for itself is ours too."""
@@ -44,7 +78,41 @@ class XpuBackend(FusedAttentionBackend):
         """See `Backend.synchronize`."""
         torch.xpu.synchronize(self.device)
 
+    @cached_property
+    def _measures_time(self) -> bool:
+        """Whether its events tell the time between them; it depends on driver and compiler."""
+        first, last = self._event(), self._event()
+        try:
+            last.synchronize()
+            first.elapsed_time(last)
+        except RuntimeError:
+            logger.warning("events of %s tell no time: each step waits for its stages", self.device)
+            return False
+        return True
+
+    def _event(self) -> torch.xpu.Event:
+        event = torch.xpu.Event(enable_timing=True)
+        event.record()
+        return event
+
     def mark(self) -> Any:
-        """See `Backend.mark`. This one waits: the host's clock is the only one tried."""
+        """See `Backend.mark`. Waits for the device where its events tell no time."""
+        if self._measures_time:
+            return self._event()
         self.synchronize()
-        return super().mark()
+        return time.perf_counter_ns()
+
+    def elapsed_ns(self, first: Any, last: Any) -> int:
+        """See `Backend.elapsed_ns`."""
+        if not self._measures_time:
+            return int(last - first)
+        last.synchronize()
+        return int(first.elapsed_time(last) * 1e6)
+
+    def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
+        """See `Backend.record`. torch can record here too; without hardware nobody has tried."""
+        return None
+
+
+class XpuBackend(XpuDevice, FusedAttentionBackend):
+    """Reference operations with fused attention."""

@@ -79,18 +79,18 @@ def serve_http(modes: list[str]) -> None:
             sys.exit(4)
         time.sleep(0.01)
     listener = socket.socket(fileno=settings.http_socket_fd)
+    report = settings.ready_fd
     if "unready" not in modes:
-        with os.fdopen(settings.ready_fd, "w") as report:
-            report.write("ready\n")
+        os.write(report, b"ready\n")
     if "deaf" in modes:
         doze(modes)
     while True:
         connection, _ = listener.accept()
         with connection:
-            answer(connection, modes)
+            answer(connection, modes, report)
 
 
-def answer(connection: socket.socket, modes: list[str]) -> None:
+def answer(connection: socket.socket, modes: list[str], report: int) -> None:
     """One request: text generation in two tokens, the server's description, or a word."""
     with connection.makefile("rb") as reader:
         request = reader.readline().decode()
@@ -101,6 +101,10 @@ def answer(connection: socket.socket, modes: list[str]) -> None:
     if request.startswith("GET /crash"):
         print("Error: the router has had enough", file=sys.stderr)
         sys.exit(7)
+    if request.startswith("GET /report/"):
+        os.write(
+            report, request.split()[1].removeprefix("/report/").replace("+", " ").encode() + b"\n"
+        )
     if "refuse" in modes and request.startswith("POST"):
         reply = json.dumps({"error": "too long", "error_type": "validation"})
         send(connection, "422 Unprocessable Content", "application/json", reply)

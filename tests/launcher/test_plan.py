@@ -45,7 +45,7 @@ def test_a_shard_is_told_its_place_in_the_group() -> None:
     assert (first.rank, second.rank, first.world_size, second.world_size) == (0, 1, 2, 2)
     assert first.model_id == "/models/m"
     assert first.shard_uds_path == "/tmp/tessera-x/shard"
-    assert first.rendezvous == second.rendezvous == "file:///tmp/tessera-x/rendezvous"
+    assert first.rendezvous == second.rendezvous == "file:///tmp/tessera-x/rendezvous-0"
     assert first.json_output
 
 

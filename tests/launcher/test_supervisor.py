@@ -8,7 +8,7 @@ import urllib.request
 import psutil
 import pytest
 
-from tests.launcher.launched import Launch, Launched, eventually
+from tests.launcher.launched import Launch, Launched, alive, eventually
 
 
 def url(launched: Launched) -> str:
@@ -79,13 +79,63 @@ def test_a_process_that_refuses_to_start_ends_all_with_its_words(launch: Launch,
     launched.assert_nothing_left(launched.pids)
 
 
+def kill_shard(launched: Launched, rank: str) -> None:
+    """The newest one of that rank."""
+    started = [int(line[2]) for line in launched.diary if line[:2] == ["shard", rank]]
+    os.kill(started[-1], signal.SIGKILL)
+
+
 def test_a_killed_shard_is_named_with_its_signal(launch: Launch) -> None:
-    launched = launch()
+    launched = launch("--max-shard-restarts", "0")
     launched.await_log("ready: ")
-    victim = next(int(line[2]) for line in launched.diary if line[:2] == ["shard", "1"])
-    os.kill(victim, signal.SIGKILL)
+    kill_shard(launched, "1")
     assert launched.await_end() == 1
     assert "Error: shard 1 was killed by SIGKILL (signal 9)" in launched.log
+    launched.assert_nothing_left(launched.pids)
+
+
+def test_all_shards_are_started_anew_when_one_is_lost(launch: Launch) -> None:
+    launched = launch("--max-shard-restarts", "2")
+    launched.await_log("ready: ")
+    kill_shard(launched, "1")
+    launched.await_log("shard 1 was killed by SIGKILL (signal 9)")
+    launched.await_log("All shards are started anew (1 of 2)")
+    eventually(lambda: len(launched.pids) == 5, "two new shards")
+    assert len([pid for pid in launched.pids if alive(pid)]) == 3
+    get(launched, "/report/lost+0+rank+1+is+gone")  # known already: it is of the first ones
+    get(launched, "/report/ready")
+    eventually(lambda: launched.log.count("ready: ") == 2, "the second time")
+    assert len(launched.pids) == 5
+    get(launched, "/report/lost+1+rank+0+has+not+answered")
+    launched.await_log("rank 0 has not answered. All shards are started anew (2 of 2)")
+    eventually(lambda: len(launched.pids) == 7, "two more")
+    get(launched, "/report/ready")
+    eventually(lambda: launched.log.count("ready: ") == 3, "the third time")
+    kill_shard(launched, "0")
+    assert launched.await_end() == 1
+    assert "(signal 9)" in launched.log and "2 times within 10 minutes" in launched.log
+    assert "MAX_SHARD_RESTARTS" in launched.log.splitlines()[-1]
+    launched.assert_nothing_left(launched.pids)
+
+
+def test_new_shards_that_do_not_come_end_all(launch: Launch) -> None:
+    launched = launch("--startup-timeout", "5")
+    launched.await_log("ready: ")
+    kill_shard(launched, "0")
+    launched.await_log("started anew")
+    eventually(lambda: len(launched.pids) == 5, "two new shards")
+    assert launched.await_end() == 1  # the stub says ready only once
+    assert "Error: not ready after 5 s: waiting for the router's warm-up" in launched.log
+    launched.assert_nothing_left(launched.pids)
+
+
+def test_a_signal_ends_it_while_shards_come_back(launch: Launch) -> None:
+    launched = launch()
+    launched.await_log("ready: ")
+    kill_shard(launched, "0")
+    launched.await_log("started anew")
+    launched.process.terminate()
+    assert launched.await_end() == 0
     launched.assert_nothing_left(launched.pids)
 
 

@@ -4,15 +4,16 @@ import asyncio
 import random
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from zlib import crc32
 
 from tessera.proto import shard_pb2
+from tessera.router.generation import TokenStream
 from tessera.router.grammar import Grammar
 from tessera.router.guidance_compile import Guide, Vocabulary, compile_grammar
 from tessera.router.model_files import ModelFiles
-from tessera.router.request import Request, SamplingParams, StoppingParams
+from tessera.router.request import Request, SamplingParams, StoppingParams, TokenEvent
 from tessera.router.scheduler import StepPlan
 from tessera.router.sequence import Sequence
 from tessera.router.tokenizer import Tokenizer
@@ -44,6 +45,15 @@ def guided_request(
     prompt: tuple[int, ...], guide: Guide | None, max_new_tokens: int, stop: tuple[str, ...] = ()
 ) -> Request:
     return Request(prompt, (), SamplingParams(), StoppingParams(max_new_tokens, stop), guide=guide)
+
+
+async def events_of(stream: TokenStream) -> AsyncIterator[TokenEvent]:
+    """One by one, up to and with the last."""
+    while True:
+        for event in await stream.next_events():
+            yield event
+            if event.completion is not None:
+                return
 
 
 class GuidedShards:

@@ -107,7 +107,7 @@ def with_core(
             core.submit(request())
         limits = ServingLimits(100, 128, 32, 640, 8)
         core.open(limits, SchedulerLimits(32, 8, 3, 0, 8), BlockPool(num_blocks, 4))
-        running = asyncio.create_task(core.run())
+        running = asyncio.create_task(run(core))
         try:
             return await asyncio.wait_for(use(core), 20)
         finally:
@@ -117,8 +117,18 @@ def with_core(
     return asyncio.run(go())
 
 
+async def run(core: Core) -> None:
+    try:
+        await core.run()
+    except ShardsLost as error:
+        core.lose(error)
+
+
 async def read(stream: RequestStream) -> list[TokenEvent]:
-    return [event async for event in stream]
+    events = await stream.next_events()
+    while events[-1].completion is None:
+        events += await stream.next_events()
+    return events
 
 
 def test_what_it_counts(tokenizer: Tokenizer) -> None:
@@ -359,7 +369,7 @@ def test_draining_refuses_newcomers_and_finishes_the_rest(tokenizer: Tokenizer) 
 def test_what_is_still_under_way_at_the_end_of_the_grace_is_told(tokenizer: Tokenizer) -> None:
     async def use(core: Core) -> float:
         stream = core.submit(request(new=9000))
-        await anext(aiter(stream))
+        await stream.next_events()
         core.drain()
         core.end_all("the server is shutting down")
         with pytest.raises(GenerationError, match="shutting down"):

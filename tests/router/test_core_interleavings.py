@@ -126,20 +126,20 @@ async def read(core: Core, client: Client, stop: str) -> Outcome:
     ids: list[int] = []
     text = ""
     try:
-        async for event in stream:
-            ids.append(event.token.id)
-            text += event.text
-            if event.completion is not None:
-                assert event.completion.text == text
-                assert event.completion.generated_tokens == len(ids)
-                return ids, event.completion.reason.value
-            if len(ids) == client.leaves_after:
-                return ids, "left"
+        while True:
+            for event in await stream.next_events():
+                ids.append(event.token.id)
+                text += event.text
+                if event.completion is not None:
+                    assert event.completion.text == text
+                    assert event.completion.generated_tokens == len(ids)
+                    return ids, event.completion.reason.value
+                if len(ids) == client.leaves_after:
+                    return ids, "left"
     except GenerationError:
         return ids, "failed"
     finally:
         stream.close()
-    raise AssertionError("the stream ended without a word")
 
 
 def serve(

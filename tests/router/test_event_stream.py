@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tessera.router.chat_replies import ChatWriter, chat_choice
-from tessera.router.event_stream import MOST_JOINED_BYTES, EventStream, number_to_json, to_json
+from tessera.router.event_stream import EventStream, number_to_json, to_json
 from tessera.router.native_bodies import GenerateParameters
 from tessera.router.native_replies import plain_event, stream_event
 from tessera.router.request import Completion, FinishReason, Timings, TokenEvent, TokenInfo
@@ -16,14 +16,13 @@ from tessera.router.schemas import ChatBody
 from tessera.router.token_streams import Collected
 
 
-def bodies(events: list[str], ready_after: list[bool]) -> list[bytes]:
-    """What an `EventStream` sends; `ready_after[n]`: more is ready after event n."""
-    given = iter(ready_after)
+def sent_by(texts: list[str]) -> list[bytes]:
+    """What an `EventStream` sends between its head and its end."""
     sent: list[bytes] = []
 
-    async def text() -> AsyncGenerator[str, None]:
-        for one in events:
-            yield one
+    async def given() -> AsyncGenerator[str, None]:
+        for text in texts:
+            yield text
 
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()
@@ -32,24 +31,14 @@ def bodies(events: list[str], ready_after: list[bool]) -> list[bytes]:
     async def send(message: Any) -> None:
         sent.append(message.get("body", b"head"))
 
-    stream = EventStream(text(), lambda: None, {}, more_ready=lambda: next(given))
-    asyncio.run(stream({"type": "http"}, receive, send))
+    asyncio.run(EventStream(given(), lambda: None, {})({"type": "http"}, receive, send))
     assert sent[0] == b"head" and sent[-1] == b""
     return sent[1:-1]
 
 
-def test_events_that_are_ready_together_go_out_together() -> None:
-    events = ["data: 1\n\n", "data: 2\n\n", "data: 3\n\n"]
-    assert bodies(events, [True, False, False]) == [b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n"]
-
-
-def test_an_end_that_was_promised_more_loses_nothing() -> None:
-    assert bodies(["data: 1\n\n", "data: 2\n\n"], [False, True]) == [b"data: 1\n\n", b"data: 2\n\n"]
-
-
-def test_what_is_joined_is_bounded() -> None:
-    large = "data: " + "x" * MOST_JOINED_BYTES + "\n\n"
-    assert bodies([large] * 3, [True] * 3) == [large.encode()] * 3
+def test_texts_are_sent_one_by_one_in_their_order() -> None:
+    texts = ["data: 1\n\ndata: 2\n\n", "data: 3\n\n"]
+    assert sent_by(texts) == [text.encode() for text in texts]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, -1.25, 1e-30, -1e22, 0.1, -103.27892303466797])

@@ -25,7 +25,7 @@ from tessera.router.guidance_compile import Guide
 from tessera.router.metrics import Metrics
 from tessera.router.request import FinishReason
 from tessera.router.scheduler import SchedulerLimits
-from tests.router.guided_shards import EOS, GuidedShards, Guides, guided_request
+from tests.router.guided_shards import EOS, GuidedShards, Guides, events_of, guided_request
 from tests.router.json_schemas import supported
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def answers(
 
     async def one(core: Core, index: int, guide: Guide) -> tuple[str, FinishReason]:
         stream = core.submit(guided_request((PROMPT, PROMPT + index), guide, max_new_tokens))
-        async for event in stream:
+        async for event in events_of(stream):
             if event.completion is not None:
                 return event.completion.text, event.completion.reason
         raise AssertionError("no completion")
@@ -155,7 +155,7 @@ def test_json_has_no_room_for_endless_blanks(guides: Guides) -> None:
         guide = guides.compile(
             json_grammar({"type": "array", "items": {"const": 1}, "maxItems": 2})
         )
-        async for event in core.submit(guided_request((PROMPT,), guide, 300)):
+        async for event in events_of(core.submit(guided_request((PROMPT,), guide, 300))):
             if event.completion is not None:
                 return event.completion.reason
         raise AssertionError("no completion")
@@ -211,7 +211,7 @@ async def read(core: Core, client: Client, compiled: Sequence[Guide]) -> Outcome
     stream = core.submit(guided_request(client.prompt, guide, client.max_new_tokens, stop))
     ids: list[int] = []
     try:
-        async for event in stream:
+        async for event in events_of(stream):
             ids.append(event.token.id)
             if event.completion is not None:
                 return ids, event.completion.reason.value

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for a Hopper GPU on a machine that has none.
 
 Runs as a process of its own (`python -m tests.shard.backends.compile_kernels`), because Triton
-either interprets or compiles for as long as a process lives. The backend's own functions are called with
-tensors on the host; every launch becomes a compilation, of which one JSON line tells.
+either interprets or compiles for as long as a process lives. The backend's own functions are called
+with tensors on the host; every launch becomes a compilation, of which one JSON line tells.
 """
 
 import json

@@ -1,5 +1,9 @@
-"""Every backend that runs here against dense float64 arithmetic."""
+"""Every backend that runs here against dense float64 arithmetic.
 
+Triton's kernels are among them in a process with TRITON_INTERPRET=1 (`test_triton.py` starts one).
+"""
+
+import os
 from typing import cast
 
 import pytest
@@ -22,10 +26,16 @@ def built_variants() -> list[str]:
 
 
 GPUS = ["cuda"] if cuda.available() else []
+INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
-@pytest.fixture(params=["reference", "fused_attention", *built_variants(), *GPUS])
+@pytest.fixture(params=["reference", "fused_attention", *built_variants(), *GPUS, *INTERPRETED])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "triton":
+        # Only here is Triton sure to be installed.
+        from tessera.shard.backends.triton_backend import TritonBackend
+
+        return TritonBackend(CPU, units=12)
     if request.param == "reference":
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":
@@ -60,7 +70,8 @@ HEADS = [
     (20, 1, 64),
     (2, 1, 256),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,8 @@ def test_auto_is_the_cpu_where_nothing_else_is(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_prefers_cuda_then_xpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (cuda, xpu):
         monkeypatch.setattr(file, "available", lambda: True)
+    monkeypatch.setattr(cuda, "create", cuda.CudaBackend)  # the real ones ask the driver
+    monkeypatch.setattr(xpu, "create", xpu.XpuBackend)
     assert load_backend("auto").device == torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "available", lambda: False)
     assert load_backend("auto").name == "xpu"

@@ -4,7 +4,7 @@ from tessera.shard.backends import cuda
 from tests.shard.models.oracle import Case, Oracle, picture
 
 BACKENDS = ("reference", "cpu", "xpu", *(("cuda",) if cuda.available() else ()))
-"""Backend files, on the cpu but for cuda; `xpu` is torch's fused operations on any device."""
+"""Backend files, on the cpu but for cuda, and xpu, which runs on the simulated device."""
 
 ATOL = 1e-4
 """Largest difference of two float32 logits that are computed in a different order."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tessera.shard.backends import load_backend
-from tessera.shard.backends.base import CacheShape, StepLayout
+from tessera.shard.backends.base import Backend, CacheShape, StepLayout
+from tessera.shard.backends.xpu import XpuBackend
 from tessera.shard.models import load_model
 from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
+from tests.shard.backends.simulated_device import simulated_device
 
 T = TypeVar("T")
 
@@ -96,7 +98,7 @@ class Runner:
         before = int(is_image[: sequence.length].sum())
         here = is_image[sequence.length :]
         wanted = sequence.features[before : before + int(here.sum())]
-        x_TD[here] = wanted.to(x_TD.dtype)
+        x_TD[here.to(x_TD.device)] = wanted.to(x_TD.dtype)
 
     def _layout(self, work: Sequence[tuple[LiveSequence, int]]) -> StepLayout:
         positions, slots, starts, contexts = [], [], [0], []
@@ -180,9 +182,12 @@ class Runner:
 def placement(
     backend: str = "reference", dtype: torch.dtype = torch.float32, group: Group | None = None
 ) -> Placement:
-    """One rank on the device that `backend` needs."""
-    device = "cuda" if backend == "cuda" else "cpu"
-    return Placement(load_backend(device, backend), group or Group(), dtype)
+    """One rank on the device that `backend` needs; xpu's is simulated."""
+    if backend == "xpu":
+        operations: Backend = XpuBackend(simulated_device().device)
+    else:
+        operations = load_backend("cuda" if backend == "cuda" else "cpu", backend)
+    return Placement(operations, group or Group(), dtype)
 
 
 class _Meeting:

@@ -1,0 +1,201 @@
+"""An accelerator that is not there: it computes on the host, but its tensors are elsewhere.
+
+Tensors report the device `simulated` and refuse to meet tensors of the host. Whatever would make the
+host wait for a real device is noted: values that are read, copies from memory that is not pinned.
+torch lets such a device be written in Python, as its "private use" device.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "simulated"
+CPU = torch.device("cpu")
+# What their results are, or how large, is known only when the device has computed them.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::repeat_interleave.Tensor",
+}
+INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
+
+
+class MixedDevices(RuntimeError):
+    """An operation was given tensors of the device and of the host."""
+
+
+class SimulatedDevice:
+    """What happens on the device. There is one, made by `simulated_device`."""
+
+    def __init__(self) -> None:
+        _setup_privateuseone_for_python_backend(NAME)
+        # Else torch makes tensors from lists where Python does not see it.
+        torch._C._set_only_lift_cpu_tensors(True)
+        self._library = torch.library.Library("_", "IMPL")
+        self._library.fallback(self.compute, "PrivateUse1")
+        self._counters: list[Counter[str]] = []
+        self.device = torch.device(NAME, 0)
+
+    def note_wait(self, cause: str) -> None:
+        """The host waits for the device."""
+        for counter in self._counters:
+            counter[f"{cause} in {_asking_line()}"] += 1
+
+    @contextmanager
+    def waits(self) -> Iterator[Counter[str]]:
+        """Count what the host waits for in the block, by cause and place."""
+        counter: Counter[str] = Counter()
+        self._counters.append(counter)
+        try:
+            yield counter
+        finally:
+            self._counters.remove(counter)
+
+    def compute(self, operation: Any, *arguments: Any, **named: Any) -> Any:
+        """Do on the host what was asked of the device; results are on the device."""
+        name = operation.name()
+        if name == "aten::copy_":
+            return self._copy_into(operation, *arguments, **named)
+        if name == "aten::_to_copy":
+            return self._copy(operation, *arguments, **named)
+        _refuse_mixture(name, (arguments, named))
+        if name in WAITING or (name in INDEXING and _has_mask(arguments[1])):
+            self.note_wait(name)
+        result = operation(*tree_map(on_host, arguments), **tree_map(on_host, named))
+        # What works in place returns what it was given.
+        given = {id(on_host(x)): x for x in _tensors((arguments, named))}
+        return tree_map(lambda x: given[id(x)] if id(x) in given else on_device(x), result)
+
+    def _copy(self, operation: Any, source: Tensor, **named: Any) -> Any:
+        target = torch.device(named.get("device") or source.device)
+        self._note_copy(source, target.type == NAME, **named)
+        copied = operation(on_host(source), **tree_map(on_host, named))
+        return on_device(copied) if target.type == NAME else copied
+
+    def _copy_into(self, operation: Any, target: Tensor, source: Tensor, *rest: bool) -> Tensor:
+        self._note_copy(source, isinstance(target, SimulatedTensor), non_blocking=any(rest))
+        operation(on_host(target), on_host(source))
+        return target
+
+    def _note_copy(self, source: Tensor, is_there: bool, **named: Any) -> None:
+        was_there = isinstance(source, SimulatedTensor)
+        if was_there and not is_there:
+            self.note_wait("copy to the host")
+        if is_there and not was_there and not (named.get("non_blocking") and is_pinned(source)):
+            self.note_wait("copy of pageable memory")
+
+
+@cache
+def simulated_device() -> SimulatedDevice:
+    """The device; from the first call on, it stays known to torch in this process."""
+    return SimulatedDevice()
+
+
+class SimulatedTensor(Tensor):
+    """A tensor of the device; its values are in `inner`, on the host."""
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "SimulatedTensor":
+        with torch.inference_mode(False):  # views of older tensors could not be made otherwise
+            made: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=torch.device(NAME, 0),
+            )
+        made.inner = inner
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"SimulatedTensor({self.inner})"
+
+    def tolist(self) -> Any:
+        """As any tensor's; torch refuses it to classes of their own."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        operation: Any,
+        types: Sequence[type],
+        arguments: Sequence[Any] = (),
+        named: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return simulated_device().compute(operation, *arguments, **(named or {}))
+
+
+def on_host(value: Any) -> Any:
+    """The tensor or device of the host that stands behind one of the device."""
+    if isinstance(value, SimulatedTensor):
+        return value.inner
+    return CPU if isinstance(value, torch.device) and value.type == NAME else value
+
+
+def on_device(value: Any) -> Any:
+    """A tensor as one of the device; anything else as it is."""
+    return SimulatedTensor(value) if isinstance(value, Tensor) else value
+
+
+def pin_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let memory be pinned, which needs a driver: what was pinned is remembered by its tensor."""
+    plain_empty = torch.empty
+
+    def pinned(tensor: Tensor, *_: Any) -> Tensor:
+        copied = tensor.clone()
+        copied.is_simulated_pinned = True  # type: ignore[attr-defined]
+        return copied
+
+    def empty(*size: Any, pin_memory: bool = False, **named: Any) -> Tensor:
+        made = plain_empty(*size, **named)
+        return pinned(made) if pin_memory else made
+
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """Whether it was pinned as `pin_memory` lets it be. Views of what was are not."""
+    return hasattr(tensor, "is_simulated_pinned")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _refuse_mixture(name: str, arguments: Any) -> None:
+    for tensor in _tensors(arguments):
+        # As on a GPU, a number may come from the host.
+        if not isinstance(tensor, SimulatedTensor) and tensor.dim() > 0:
+            raise MixedDevices(f"{name}: a tensor of shape {list(tensor.shape)} is on the host")
+
+
+def _has_mask(indices: Sequence[Tensor | None]) -> bool:
+    """Whether a mask chooses elements, so that their number is known only afterwards."""
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def _asking_line() -> str:
+    """The innermost function that belongs neither to torch nor to the simulation."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and frame.filename != __file__:
+            return f"{Path(frame.filename).name}:{frame.name}"
+    return "?"
