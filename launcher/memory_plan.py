@@ -158,6 +158,7 @@ def describe(
     shard = settings.shard
     command = [sys.executable, "-P", "-m", "tessera.shard.footprint", str(folder)]
     command += ["--device", device, "--dtype", shard.dtype, "--quantize", shard.quantize]
+    command += ["--kv-cache-dtype", shard.kv_cache_dtype]
     command += ["--ranks", *map(str, ranks)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=FOOTPRINT_TIMEOUT_S, check=False

@@ -53,7 +53,6 @@ IGNORED = {
 # which may be meant for somebody else.
 ABSENT = {
     "LORA_ADAPTERS": "adapters are not supported; merge them into the model",
-    "KV_CACHE_DTYPE": "the cache has the model's dtype",
     "CUDA_GRAPHS": "there is nothing to set for graphs",
     "ROPE_SCALING": "it is read from the model's config.json",
     "ROPE_FACTOR": "it is read from the model's config.json",

@@ -34,6 +34,7 @@ BATCH_SPANS = 512
 SEND_INTERVAL_S = 1.0
 SEND_TIMEOUT_S = 5.0  # for a batch, all its tries together
 FLUSH_S = 2.0  # at shutdown, for what is still queued
+ABORT_S = 1.0  # after it, for a call under way to notice that it has ended
 MAX_ATTRIBUTES = 64
 MAX_ATTRIBUTE_LENGTH = 256
 MAX_EVENTS = 64
@@ -86,12 +87,13 @@ class Tracing:
         return RequestTrace(self._tracer, self._propagator.extract(_trace_headers(headers)))
 
     def close(self) -> None:
-        """Send what is queued, for `FLUSH_S` seconds at most. Blocks; call it when all is over."""
+        """Send what is queued; blocks for little more than `FLUSH_S` seconds. To be called last."""
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
         flushing.start()
         flushing.join(FLUSH_S)
         if flushing.is_alive():
             self._exporter.shutdown()  # ends the call under way
+            flushing.join(ABORT_S)
 
 
 class RequestTrace:

@@ -50,7 +50,7 @@ class Engine:
             num_kv_heads=self.model.num_kv_heads,
             head_size=self.model.head_size,
             block_size=self.block_size,
-            dtype=self.placement.dtype,
+            dtype=self.placement.cache_dtype or self.placement.dtype,
         )
 
     @property

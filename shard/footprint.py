@@ -24,7 +24,7 @@ from tessera.shard.layers.linear import ColumnParallelLinear
 from tessera.shard.models.base import LoadableModel, Placement
 from tessera.shard.models.clip import NAME as TOWER
 from tessera.shard.models.config_file import read_config
-from tessera.shard.models.dtype import resolve_dtype
+from tessera.shard.models.dtype import CACHE_DTYPES, resolve_dtype
 from tessera.shard.models.registry import build_model
 from tessera.shard.parallel import Group
 from tessera.shard.prequantized import packed_format
@@ -55,7 +55,12 @@ class Footprint:
 
 
 def footprint(
-    folder: Path, world_size: int, device: str, dtype: str = "auto", quantize: str = ""
+    folder: Path,
+    world_size: int,
+    device: str,
+    dtype: str = "auto",
+    quantize: str = "",
+    kv_cache_dtype: str = "auto",
 ) -> Footprint:
     """The numbers of a model's folder, of which only JSON files are read.
 
@@ -63,6 +68,7 @@ def footprint(
         device: "cpu", "cuda" or "xpu"; it need not be here.
         dtype: as the setting DTYPE.
         quantize: as the setting QUANTIZE.
+        kv_cache_dtype: as the setting KV_CACHE_DTYPE.
 
     Raises:
         CheckpointError: config.json is not that of a model that can be served.
@@ -80,7 +86,8 @@ def footprint(
     first = ranks[0]
     layout = layout_from_config(config)
     size = numbers.itemsize
-    cache = CacheShape(first.num_layers, first.num_kv_heads, first.head_size, 1, numbers)
+    cached = CACHE_DTYPES.get(kv_cache_dtype, numbers)
+    cache = CacheShape(first.num_layers, first.num_kv_heads, first.head_size, 1, cached)
     copies = 2 if device == "cpu" else 1  # a table that is looked up in and multiplied with
     return Footprint(
         world_size=world_size,
@@ -161,10 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", default="")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     told = parser.parse_args(arguments)
     try:
         found = [
-            footprint(told.folder, ranks, told.device, told.dtype, told.quantize)
+            footprint(
+                told.folder, ranks, told.device, told.dtype, told.quantize, told.kv_cache_dtype
+            )
             for ranks in told.ranks
         ]
     except ShardError as error:

@@ -22,7 +22,7 @@ from tessera.proto.process import begin
 from tessera.shard.backends import load_backend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import ShardError
-from tessera.shard.models import load_model, resolve_dtype
+from tessera.shard.models import load_model, resolve_cache_dtype, resolve_dtype
 from tessera.shard.models.base import Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
@@ -81,8 +81,9 @@ def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLa
         torch.set_num_threads(settings.num_threads)
     backend = load_backend(settings.device, settings.backend)
     dtype = resolve_dtype(settings.dtype, config, backend.device.type)
+    cache_dtype = resolve_cache_dtype(settings.kv_cache_dtype, backend)
     group = Group.connect(settings.rank, settings.world_size, backend.device, _rendezvous(settings))
-    placement = Placement(backend, group, dtype, quantization(settings.quantize))
+    placement = Placement(backend, group, dtype, quantization(settings.quantize), cache_dtype)
     model = load_model(folder, placement)
     engine = Engine(model, placement, settings.block_size)
     info = shard_pb2.InfoReply(

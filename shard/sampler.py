@@ -1,25 +1,26 @@
-"""From logits to token ids: penalties, filters, and randomness that is counted, not streamed.
+"""From logits to token ids: penalties, filters, and a draw (`gumbel`).
 
-The random number of a token is a pure function of (seed, position, token id), so a seeded request
-gives the same text alone, in any batch, after a preemption and on any number of ranks.
+Nothing here waits for a device before `Choice.read`: what the host knows is uploaded, what only the
+device knows stays there.
 
-Letters: R rows, G guided rows, V vocabulary, B bytes of a mask. All arithmetic is float32 on the
-device of the logits.
+Letters: R rows, G guided rows, V vocabulary, B bytes of a mask, M most likely tokens, X places in
+the logits, counted row by row. All arithmetic is float32 on the device of the logits.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tessera.proto.shard_pb2 import SamplingParams
+from tessera.shard.gumbel import draw, key_of
+from tessera.shard.unread_tokens import resolved
+from tessera.shard.upload import upload, upload_together
 
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+Draw = Callable[[Tensor, Tensor], Tensor]
+"""What `gumbel.draw` does, perhaps faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,56 @@ class Sampled:
     top_tokens: tuple[tuple[int, float], ...]  # (id, logprob), most likely first
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One token for each row, where it was chosen."""
+
+    ids_R: Tensor  # int64
+    logprobs_R: Tensor
+    finite_R: Tensor  # bool, whether the row's logits are; if not, its token means nothing
+    top_RM: tuple[Tensor, Tensor] | None  # ids and logprobs of the most likely
+    top_counts: tuple[int, ...]  # how many of them each row asks for
+
+    def on_host(self) -> "Choice":
+        """The same on the host once the device has come so far; nobody waits for that here."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", non_blocking=True)
+
+        top_RM = None if self.top_RM is None else (copy(self.top_RM[0]), copy(self.top_RM[1]))
+        return replace(
+            self,
+            ids_R=copy(self.ids_R),
+            logprobs_R=copy(self.logprobs_R),
+            finite_R=copy(self.finite_R),
+            top_RM=top_RM,
+        )
+
+    def read(self) -> list[Sampled]:
+        """The tokens; waits where they are still on a device."""
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.top_counts)
+        if self.top_RM is not None:
+            ids, logprobs = (tensor.tolist() for tensor in self.top_RM)
+            tops = [
+                tuple(zip(*pair, strict=True))[:count]
+                for *pair, count in zip(ids, logprobs, self.top_counts, strict=True)
+            ]
+        rows = zip(self.ids_R.tolist(), self.logprobs_R.tolist(), tops, strict=True)
+        return [Sampled(*row) for row in rows]
+
+
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Choose one token per row.
+    """`choose`, and wait for it."""
+    return choose(logits_RV, rows).read()
+
+
+def choose(
+    logits_RV: Tensor,
+    rows: Sequence[SampleRow],
+    draw: Draw = draw,
+    chosen_R: Tensor | None = None,
+) -> Choice:
+    """Choose one token per row. Waits for nothing.
 
     Order: logit bias, repetition, frequency and presence penalty, the row's mask, temperature,
     top_k, top_p, typical_p, min_p; then the largest score for temperature 0, else a draw from
@@ -61,14 +110,15 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     Args:
         logits_RV: float32; not modified.
         rows: as many as the logits have. Values are in the ranges of SamplingParams.
+        chosen_R: what the placeholders among the rows' token ids stand for (`unread_tokens`).
     """
-    scores_RV = _masked(_with_penalties(logits_RV, rows), rows)
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
+    scores_RV = _masked(_with_penalties(logits_RV, rows, chosen_R), rows)
     ids_R = scores_RV.argmax(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        chosen_R = _draw(scores_RV[drawn], [rows[index] for index in drawn])
-        ids_R[torch.tensor(drawn, device=ids_R.device)] = chosen_R
-    return _report(logits_RV, ids_R, rows)
+        part_RV, put_back = _part(scores_RV, drawn)
+        ids_R = put_back(ids_R, _draw(part_RV, [rows[index] for index in drawn], draw))
+    return _choice(logits_RV, ids_R, rows)
 
 
 def likeliest(logprobs_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
@@ -83,40 +133,89 @@ def likeliest(logprobs_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
     ]
 
 
-def uniforms(seed: int, position: int, num_ids: int, device: torch.device) -> Tensor:
-    """One float64 in (0, 1) per token id: [num_ids].
-
-    Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014) over a key made of seed and
-    position, one counter value per token id.
-    """
-    key = _mix((_mix(seed) + _GOLDEN * (position + 1)) & _MASK64)
-    z = torch.arange(1, num_ids + 1, dtype=torch.int64, device=device)
-    z = z * _signed(_GOLDEN) + _signed(key)
-    z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
-    z = z ^ _shift(z, 31)
-    return (_shift(z, 12).double() + 0.5) * 2.0**-52
-
-
-def _report(logits_RV: Tensor, ids_R: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+def _choice(logits_RV: Tensor, ids_R: Tensor, rows: Sequence[SampleRow]) -> Choice:
     logprobs_RV = logits_RV.log_softmax(dim=-1)
-    logprobs = logprobs_RV.gather(1, ids_R[:, None])[:, 0].tolist()
-    tops = likeliest(logprobs_RV, max((row.params.top_n_tokens for row in rows), default=0))
-    return [
-        Sampled(token_id, logprob, tuple(top[: row.params.top_n_tokens]))
-        for token_id, logprob, top, row in zip(ids_R.tolist(), logprobs, tops, rows, strict=True)
-    ]
+    counts = tuple(row.params.top_n_tokens for row in rows)
+    most = min(max(counts, default=0), logits_RV.shape[-1])
+    top_RM: tuple[Tensor, Tensor] | None = None
+    if most:
+        values_RM, top_ids_RM = logprobs_RV.topk(most, dim=-1)
+        top_RM = (top_ids_RM, values_RM)
+    return Choice(
+        ids_R,
+        logprobs_RV.gather(1, ids_R[:, None])[:, 0],
+        # A sum is finite only if all its terms are, and forty times faster than looking at each.
+        logits_RV.sum(dim=-1).isfinite(),
+        top_RM,
+        counts,
+    )
 
 
-def _with_penalties(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """The logits with every row's bias and penalties; the input itself when no row has any."""
-    touched = [index for index, row in enumerate(rows) if _is_penalised(row.params)]
-    if not touched:
+def _part(
+    scores_RV: Tensor, indices: list[int]
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Some rows, and what puts their results into the places they have among all rows."""
+    if len(indices) == scores_RV.shape[0]:
+        return scores_RV, lambda whole, part: part
+    indices_R = upload(torch.tensor(indices), scores_RV.device)
+    return scores_RV[indices_R], lambda whole, part: whole.index_copy(0, indices_R, part)
+
+
+def _with_penalties(
+    logits_RV: Tensor, rows: Sequence[SampleRow], chosen_R: Tensor | None
+) -> Tensor:
+    """The logits with every row's bias and penalties; the input itself when no row has any.
+
+    Repetition: score / penalty where positive, score * penalty where negative, over prompt and
+    generated ids (Keskar et al. 2019). Frequency and presence: OpenAI's formula over generated ids.
+    """
+    biases: list[_Touched] = []
+    repeated: list[_Touched] = []
+    generated: list[_Touched] = []
+    for index, row in enumerate(rows):
+        params, repetition = row.params, _repetition_penalty(row.params)
+        biases += [(index, (bias.token_id,), (bias.bias,)) for bias in params.logit_bias]
+        if repetition != 1.0:
+            repeated.append((index, row.token_ids, (repetition,)))
+        if params.frequency_penalty or params.presence_penalty:
+            amounts = (params.frequency_penalty, params.presence_penalty)
+            generated.append((index, row.generated_ids, amounts))
+    if not biases and not repeated and not generated:
         return logits_RV
     scores_RV = logits_RV.clone()
-    for index in touched:
-        _penalise(scores_RV[index], rows[index])
+    scores_X = scores_RV.view(-1)
+    if biases:
+        place_X, bias_1X = _places(scores_RV, biases, chosen_R)
+        scores_X.index_add_(0, place_X, bias_1X[0])
+    if repeated:
+        # A place may occur several times, and is read before it is written.
+        place_X, penalty_1X = _places(scores_RV, repeated, chosen_R)
+        value_X, penalty_X = scores_X[place_X], penalty_1X[0]
+        scores_X[place_X] = torch.where(value_X < 0, value_X * penalty_X, value_X / penalty_X)
+    if generated:
+        place_X, (frequency_X, presence_X) = _places(scores_RV, generated, chosen_R)
+        scores_X[place_X] = scores_X[place_X] - presence_X
+        scores_X.index_add_(0, place_X, -frequency_X)  # as often as a place occurs
     return scores_RV
+
+
+_Touched = tuple[int, Sequence[int], tuple[float, ...]]
+"""A row, token ids of it, and the A amounts that their scores are changed by."""
+
+
+def _places(
+    scores_RV: Tensor, touched: Sequence[_Touched], chosen_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each id's place [X] among all scores, and its amounts [A, X]."""
+    lengths = [len(ids) for _, ids, _ in touched]
+    ids_X = np.concatenate([np.asarray(ids, np.int64) for _, ids, _ in touched])
+    starts = np.array([row * scores_RV.shape[-1] for row, _, _ in touched], np.int64)
+    amounts = np.array([amounts for _, _, amounts in touched], np.float32)
+    arrays = (ids_X, np.repeat(starts, lengths), np.repeat(amounts.T, lengths, axis=1))
+    ids, starts_X, amounts_AX = upload_together(
+        [torch.from_numpy(array) for array in arrays], scores_RV.device
+    )
+    return starts_X + resolved(ids, chosen_R), amounts_AX
 
 
 def _masked(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -126,60 +225,20 @@ def _masked(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         return scores_RV
     bits_GB = np.stack([np.frombuffer(rows[index].mask, np.uint8) for index in guided])
     allowed_GV = np.unpackbits(bits_GB, axis=1, count=scores_RV.shape[-1], bitorder="little")
-    guided_G = torch.tensor(guided, device=scores_RV.device)
-    forbidden_GV = torch.from_numpy(allowed_GV == 0).to(scores_RV.device)
-    part_GV = scores_RV[guided_G].masked_fill(forbidden_GV, float("-inf"))
-    return scores_RV.index_copy(0, guided_G, part_GV)
+    forbidden_GV = upload(torch.from_numpy(allowed_GV == 0), scores_RV.device)
+    part_GV, put_back = _part(scores_RV, guided)
+    return put_back(scores_RV, part_GV.masked_fill(forbidden_GV, float("-inf")))
 
 
-def _is_penalised(params: SamplingParams) -> bool:
-    return bool(
-        params.logit_bias
-        or params.frequency_penalty
-        or params.presence_penalty
-        or _repetition_penalty(params) != 1.0
-    )
-
-
-def _penalise(scores_V: Tensor, row: SampleRow) -> None:
-    """Apply one row's bias and penalties in place.
-
-    Repetition: score / penalty where positive, score * penalty where negative, over prompt and
-    generated ids (Keskar et al. 2019). Frequency and presence: OpenAI's formula over generated ids.
-    """
-    params = row.params
-    for bias in params.logit_bias:
-        scores_V[bias.token_id] += bias.bias
-    repetition = _repetition_penalty(params)
-    if repetition != 1.0:
-        seen = _ids(set(row.token_ids), scores_V)
-        values = scores_V[seen]
-        scores_V[seen] = torch.where(values < 0, values * repetition, values / repetition)
-    if params.frequency_penalty or params.presence_penalty:
-        counts = Counter(row.generated_ids)
-        generated = _ids(counts.keys(), scores_V)
-        times = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
-        scores_V[generated] -= params.frequency_penalty * times + params.presence_penalty
-
-
-def _ids(token_ids: Iterable[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.int64, device=like.device)
-
-
-def _draw(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Gumbel-max: argmax(score - log(-log(u))) is a draw from softmax(scores)."""
+def _draw(scores_RV: Tensor, rows: Sequence[SampleRow], draw: Draw) -> Tensor:
     temperatures = [row.params.temperature for row in rows]
-    scores_RV = scores_RV / _column(temperatures, scores_RV)
-    scores_RV = _filtered(scores_RV, rows)
-    device, vocabulary = scores_RV.device, scores_RV.shape[-1]
-    noise_RV = torch.stack(
-        [uniforms(row.params.seed, row.position, vocabulary, device) for row in rows]
-    )
-    return (scores_RV.double() - (-noise_RV.log()).log()).argmax(dim=-1)
+    scores_RV = _filtered(scores_RV / _column(temperatures, scores_RV), rows)
+    keys = [key_of(row.params.seed, row.position) for row in rows]
+    return draw(scores_RV, upload(torch.tensor(keys, dtype=torch.int64), scores_RV.device))
 
 
 def _filtered(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    filters: list[tuple[Callable[[Tensor, Tensor], Tensor], list[float], float]] = [
+    filters: list[tuple[Callable[[Tensor, list[float]], Tensor], list[float], float]] = [
         (_drop_below_top_k, [float(row.params.top_k) for row in rows], 0.0),
         (_drop_outside_top_p, [_top_p(row.params) for row in rows], 1.0),
         (_drop_untypical, [_typical_p(row.params) for row in rows], 1.0),
@@ -188,26 +247,27 @@ def _filtered(scores_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     for drop, values, neutral in filters:
         used = [index for index, value in enumerate(values) if value != neutral]
         if used:
-            part = drop(scores_RV[used], _column([values[index] for index in used], scores_RV))
-            scores_RV = scores_RV.index_copy(0, torch.tensor(used, device=part.device), part)
+            part_RV, put_back = _part(scores_RV, used)
+            scores_RV = put_back(scores_RV, drop(part_RV, [values[index] for index in used]))
     return scores_RV
 
 
-def _drop_below_top_k(scores_RV: Tensor, k_R1: Tensor) -> Tensor:
+def _drop_below_top_k(scores_RV: Tensor, k: list[float]) -> Tensor:
     """Keep scores at or above the k-th largest; ties stay."""
-    k_R1 = k_R1.long().clamp(max=scores_RV.shape[-1])
-    largest = scores_RV.topk(int(k_R1.max()), dim=-1).values
-    return scores_RV.masked_fill(scores_RV < largest.gather(1, k_R1 - 1), float("-inf"))
+    last = [min(int(value), scores_RV.shape[-1]) - 1 for value in k]
+    largest = scores_RV.topk(max(last) + 1, dim=-1).values
+    last_R1 = upload(torch.tensor(last), scores_RV.device)[:, None]
+    return scores_RV.masked_fill(scores_RV < largest.gather(1, last_R1), float("-inf"))
 
 
-def _drop_outside_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
+def _drop_outside_top_p(scores_RV: Tensor, p: list[float]) -> Tensor:
     """Keep the smallest set of most likely tokens whose mass reaches p (Holtzman et al. 2020)."""
     sorted_RV, order_RV = scores_RV.sort(dim=-1, descending=True, stable=True)
     mass_before_RV = _mass_before(sorted_RV.softmax(dim=-1))
-    return _restore(sorted_RV, order_RV, mass_before_RV >= p_R1)
+    return _restore(sorted_RV, order_RV, mass_before_RV >= _column(p, scores_RV))
 
 
-def _drop_untypical(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
+def _drop_untypical(scores_RV: Tensor, p: list[float]) -> Tensor:
     """Keep the tokens whose surprise is closest to the entropy until their mass reaches p.
 
     Source: Meister et al. 2022, "Locally typical sampling".
@@ -217,12 +277,12 @@ def _drop_untypical(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
     order_RV = (-logprobs_RV - entropy_R1).abs().sort(dim=-1, stable=True).indices
     sorted_RV = scores_RV.gather(1, order_RV)
     mass_before_RV = _mass_before(logprobs_RV.exp().gather(1, order_RV))
-    return _restore(sorted_RV, order_RV, mass_before_RV >= p_R1)
+    return _restore(sorted_RV, order_RV, mass_before_RV >= _column(p, scores_RV))
 
 
-def _drop_below_min_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
+def _drop_below_min_p(scores_RV: Tensor, p: list[float]) -> Tensor:
     """Keep tokens at least p times as likely as the likeliest one."""
-    threshold_R1 = scores_RV.amax(dim=-1, keepdim=True) + p_R1.log()
+    threshold_R1 = scores_RV.amax(dim=-1, keepdim=True) + _column(p, scores_RV).log()
     return scores_RV.masked_fill(scores_RV < threshold_R1, float("-inf"))
 
 
@@ -237,7 +297,7 @@ def _restore(sorted_RV: Tensor, order_RV: Tensor, dropped_RV: Tensor) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return upload(torch.tensor(values, dtype=like.dtype), like.device)[:, None]
 
 
 def _top_p(params: SamplingParams) -> float:
@@ -250,19 +310,3 @@ def _typical_p(params: SamplingParams) -> float:
 
 def _repetition_penalty(params: SamplingParams) -> float:
     return params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
-
-
-def _mix(value: int) -> int:
-    value = (value + _GOLDEN) & _MASK64
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK64
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64, which torch only has as an arithmetic one."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

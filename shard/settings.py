@@ -42,6 +42,12 @@ class ShardSettings:
         quantization_name,
         aliases=("ISQ",),
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "auto, fp8_e4m3fn or fp8_e5m2; auto: the dtype of the computation; fp8: 8 bits, so that as "
+        "much memory holds twice the tokens of a bfloat16 cache",
+        choice("auto", "fp8_e4m3fn", "fp8_e5m2"),
+    )
     block_size: int = setting(16, "positions in one KV-cache block", integer(1, 1024))
     cuda_memory_fraction: float = setting(
         1.0, "share of the device's memory this server may use", number(0.01, 1.0)

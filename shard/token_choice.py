@@ -2,16 +2,45 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
+import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
+from tessera.shard.gumbel import draw
 from tessera.shard.resilience import in_halves, one_by_one
-from tessera.shard.sampler import Sampled, SampleRow, sample
+from tessera.shard.sampler import Choice, Draw, Sampled, SampleRow, choose
 from tessera.shard.sequence import SequenceState
 
 logger = logging.getLogger(__name__)
+
+
+class ChosenTokens:
+    """A token for each of some sequences: on the device until they are read."""
+
+    def __init__(self, sequences: Sequence[SequenceState], parts: Sequence[Choice]) -> None:
+        """`parts`: the sequences' tokens one after the other, in parts where memory was short."""
+        self._sequences = sequences
+        self._parts = parts
+        ids = [part.ids_R for part in parts]
+        self.ids_R = ids[0] if len(ids) == 1 else torch.cat(ids)  # on the device
+
+    def fetch(self) -> None:
+        """Copy to the host what will be read, once the device has computed it; waits for nothing.
+
+        Whoever calls it has to wait for the device before `read`.
+        """
+        self._parts = [part.on_host() for part in self._parts]
+
+    def read(self, failures: dict[int, str]) -> list[Sampled]:
+        """The tokens; sequences whose logits are not finite are added to `failures`."""
+        finite = [finite for part in self._parts for finite in part.finite_R.tolist()]
+        for sequence, is_finite in zip(self._sequences, finite, strict=True):
+            if not is_finite:
+                failures.setdefault(
+                    sequence.sequence_id, "the model's output is not finite (NaN or infinity)"
+                )
+        return [token for part in self._parts for token in part.read()]
 
 
 def choose_tokens(
@@ -19,47 +48,39 @@ def choose_tokens(
     masks: Mapping[int, bytes],
     sequences: Sequence[SequenceState],
     failures: dict[int, str],
-) -> list[Sampled]:
+    draw: Draw = draw,
+    chosen_R: Tensor | None = None,
+) -> ChosenTokens:
     """A token for each sequence; those for which none can be chosen are added to `failures`.
 
     Args:
         logits_RV: a row per sequence.
         masks: by sequence id, which tokens a guided sequence may get (`SampleRow.mask`).
+        chosen_R: see `sampler.choose`.
     """
-    logits_RV = _fail_non_finite(logits_RV, sequences, failures)
     rows = [_sample_row(s, masks.get(s.sequence_id, b"")) for s in sequences]
 
-    def choose(first: int, last: int) -> list[Sampled]:
-        return sample(logits_RV[first:last], rows[first:last])
+    def choose_part(first: int, last: int) -> Choice:
+        return choose(logits_RV[first:last], rows[first:last], draw, chosen_R)
 
     try:
-        return list(chain.from_iterable(in_halves(choose, 0, len(rows))))
+        return ChosenTokens(sequences, in_halves(choose_part, 0, len(rows)))
     except Exception:
         logger.exception("sampling failed; choosing for the sequences one by one")
-    chosen: list[Sampled] = []
-    one_each = one_by_one(lambda n: choose(n, n + 1)[0], range(len(rows)))
-    for sequence, token in zip(sequences, one_each, strict=True):
-        if isinstance(token, str):
-            failures[sequence.sequence_id] = token
-            token = Sampled(token_id=0, logprob=0.0, top_tokens=())
-        chosen.append(token)
-    return chosen
+    parts: list[Choice] = []
+    one_each = one_by_one(lambda n: choose_part(n, n + 1), range(len(rows)))
+    for sequence, part in zip(sequences, one_each, strict=True):
+        if isinstance(part, str):
+            failures[sequence.sequence_id] = part
+            part = _none(logits_RV.device)
+        parts.append(part)
+    return ChosenTokens(sequences, parts)
 
 
-def _fail_non_finite(
-    logits_RV: Tensor, sequences: Sequence[SequenceState], failures: dict[int, str]
-) -> Tensor:
-    """Record rows with NaN or infinite logits and neutralise them, so that sampling goes on."""
-    # A sum is finite only if all its terms are, and forty times faster than looking at each.
-    if bool(logits_RV.sum(dim=-1).isfinite().all()):
-        return logits_RV
-    finite_R = logits_RV.isfinite().all(dim=-1)
-    for sequence, finite in zip(sequences, finite_R.tolist(), strict=True):
-        if not finite:
-            failures.setdefault(
-                sequence.sequence_id, "the model's output is not finite (NaN or infinity)"
-            )
-    return logits_RV.masked_fill(~finite_R[:, None], 0.0)
+def _none(device: torch.device) -> Choice:
+    """Stands for the token of a sequence that has failed."""
+    zeros_R = torch.zeros(1, dtype=torch.int64, device=device)
+    return Choice(zeros_R, zeros_R.float(), zeros_R == 0, None, (0,))
 
 
 def _sample_row(sequence: SequenceState, mask: bytes) -> SampleRow:

@@ -28,7 +28,7 @@ class CacheShape:
     num_kv_heads: int  # on this rank
     head_size: int
     block_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # the model's, or one of 8 bits
 
     @property
     def block_bytes(self) -> int:
@@ -41,7 +41,9 @@ class CacheShape:
 class LayerCache:
     """Keys and values of one layer for every block of the pool: [B, K, P, H] each.
 
-    Heads before positions, so that one head's keys of a block lie together in memory.
+    Heads before positions, so that one head's keys of a block lie together in memory. In 8 bits
+    (float8_e4m3fn, float8_e5m2) a number too large for the format is its largest, and one that is
+    not finite is NaN.
     """
 
     k_BKPH: Tensor
@@ -88,6 +90,7 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
+    float8_cache: bool  # whether a cache may be in 8 bits
 
     def new_cache(self, shape: CacheShape, num_blocks: int) -> list[LayerCache]:
         """One `LayerCache` per layer for `num_blocks` blocks; contents undefined."""

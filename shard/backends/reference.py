@@ -36,6 +36,7 @@ class ReferenceBackend:
     """The definition. Anything that other backends do better, they override."""
 
     name = "reference"
+    float8_cache = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,8 +83,9 @@ class ReferenceBackend:
         k_TKH, v_TKH = kv_TXH[:, :num_kv_heads], kv_TXH[:, num_kv_heads:]
         cos_sin_TH = cos_sin_LH[layout.positions_T]
         blocks_T, offsets_T = layout.slots_T // block_size, layout.slots_T % block_size
-        cache.k_BKPH[blocks_T, :, offsets_T] = rotate(k_TKH, cos_sin_TH)
-        cache.v_BKPH[blocks_T, :, offsets_T] = v_TKH
+        dtype = cache.k_BKPH.dtype
+        cache.k_BKPH[blocks_T, :, offsets_T] = as_kept(rotate(k_TKH, cos_sin_TH), dtype)
+        cache.v_BKPH[blocks_T, :, offsets_T] = as_kept(v_TKH, dtype)
         return rotate(q_TNH, cos_sin_TH)
 
     def attend(
@@ -94,7 +96,8 @@ class ReferenceBackend:
         for s, context_len in enumerate(layout.context_lens):
             first, last = layout.query_start[s], layout.query_start[s + 1]
             if first < last:
-                k_CKH, v_CKH = gather(cache, layout.block_tables_SM[s], context_len)
+                gathered = gather(cache, layout.block_tables_SM[s], context_len)
+                k_CKH, v_CKH = (x_CKH.to(q_TNH.dtype) for x_CKH in gathered)
                 visible_QC = visible(last - first, context_len, window, self.device)
                 q_QNH = q_TNH[first:last]
                 out_TNH[first:last] = self.attend_one(q_QNH, k_CKH, v_CKH, visible_QC)
@@ -184,6 +187,14 @@ def rotate(x_TXH: Tensor, cos_sin_TH: Tensor) -> Tensor:
     left, right = x_TXH.float().chunk(2, dim=-1)
     rotated = (left * cos_T1h - right * sin_T1h, right * cos_T1h + left * sin_T1h)
     return torch.cat(rotated, dim=-1).to(x_TXH.dtype)
+
+
+def as_kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a cache of that dtype holds it, see `LayerCache`."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), float("nan")).to(dtype)
 
 
 def gather(cache: LayerCache, blocks_M: Tensor, context_len: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class TritonBackend(FusedAttentionBackend):
     """See `Backend`. float32, float16 and bfloat16; even head sizes up to 256."""
 
     name = "triton"
+    float8_cache = False  # the kernels read keys and values in the dtype of the queries
 
     def __init__(self, device: torch.device, units: int = 1, flash: bool = False) -> None:
         """`units`: multiprocessors of the device; `flash`: torch's FlashAttention works on it."""

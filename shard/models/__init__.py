@@ -6,12 +6,12 @@ from pathlib import Path
 from tessera.shard.errors import CheckpointError
 from tessera.shard.models.base import Model, Placement
 from tessera.shard.models.config_file import read_config
-from tessera.shard.models.dtype import resolve_dtype
+from tessera.shard.models.dtype import resolve_cache_dtype, resolve_dtype
 from tessera.shard.models.registry import build_model
 from tessera.shard.prequantized import PackedFormat, packed_format
 from tessera.shard.weights import Checkpoint, load_weights
 
-__all__ = ["load_model", "resolve_dtype"]
+__all__ = ["load_model", "resolve_cache_dtype", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ class Placement:
     group: Group
     dtype: torch.dtype
     quantization: Quantization = field(default_factory=Quantization)
+    cache_dtype: torch.dtype | None = None  # of keys and values; None: `dtype`
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 
+from tessera.shard.backends.base import Backend
 from tessera.shard.errors import CheckpointError, DeviceError
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+
+CACHE_DTYPES: Mapping[str, torch.dtype] = {
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
 }
 
 
@@ -36,6 +42,25 @@ def resolve_dtype(setting: str, config: Mapping[str, Any], device_type: str) -> 
     if device_type == "cpu" and setting == "float16":
         raise DeviceError("the cpu has no fast float16; use bfloat16, float32 or auto as DTYPE")
     return DTYPES[setting]
+
+
+def resolve_cache_dtype(setting: str, backend: Backend) -> torch.dtype | None:
+    """The dtype of the KV cache; None: that of the model.
+
+    Args:
+        setting: "auto" or a key of `CACHE_DTYPES`.
+
+    Raises:
+        DeviceError: the backend has no such cache.
+    """
+    if setting == "auto":
+        return None
+    if not backend.float8_cache:
+        raise DeviceError(
+            f"KV_CACHE_DTYPE={setting} is not available with BACKEND={backend.name}; leave it at "
+            "auto, or set BACKEND to reference, which is slower"
+        )
+    return CACHE_DTYPES[setting]
 
 
 def _checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:

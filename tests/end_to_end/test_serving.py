@@ -294,7 +294,8 @@ def test_a_stream_that_outlasts_the_grace_ends_with_a_reason(
 
 
 def test_a_dead_shard_ends_the_server_with_a_reason(checkpoint: Callable[[str], Path]) -> None:
-    with running(checkpoint("llama"), "--num-shard", "2", "--dtype", "float32") as stack:
+    flags = ["--num-shard", "2", "--dtype", "float32", "--max-shard-restarts", "0"]
+    with running(checkpoint("llama"), *flags) as stack:
         children = children_of(stack)
         shard = next(c for c in children if "tessera.shard.main" in " ".join(c.cmdline()))
         shard.kill()

@@ -38,6 +38,7 @@ def stack(checkpoint: Callable[[str], Path], sink: Sink) -> Iterator[Stack]:
     flags = ["--num-shard", "2", "--dtype", "float32", "--max-total-tokens", "320"]
     flags += ["--max-batch-total-tokens", "320", "--max-batch-prefill-tokens", "32"]
     flags += ["--otlp-endpoint", sink.address, "--json-output", "--api-key", KEY]
+    flags += ["--max-shard-restarts", "0"]
     environ = {"OTEL_TRACES_SAMPLER": "always_off", "OTEL_RESOURCE_ATTRIBUTES": "a=b"}
     with running(checkpoint("next-mistral"), *flags, **environ) as one:
         yield one

@@ -150,7 +150,8 @@ def _answers(url: str) -> bool:
 
 def _write_settings(folder: Path, scraped: int, told: int, alertmanager: int) -> None:
     rules = (PROMETHEUS / "alerts.yml").read_text()
-    (folder / "alerts.yml").write_text(re.sub(r"(?m)^( +for:) \d+s$", r"\1 2s", rules))
+    rules = re.sub(r"(?m)^( +for:) \d+s$", r"\1 2s", rules)
+    (folder / "alerts.yml").write_text(rules.replace("[10m]", "[10s]"))
     settings = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     job = settings["scrape_configs"][0]

@@ -143,24 +143,41 @@ def test_what_is_scraped_is_clean(observed: tuple[Stack, Prometheus]) -> None:
     assert [line for line in said if not line.startswith("tgi_")] == []
 
 
+def processes_of(stack: Stack, module: str) -> list[psutil.Process]:
+    children = psutil.Process(stack.process.pid).children(recursive=True)
+    return [child for child in children if module in " ".join(child.cmdline())]
+
+
 def test_a_lost_shard_is_told_and_its_return_too(
     observed: tuple[Stack, Prometheus], hook: Webhook
 ) -> None:
     stack, prometheus = observed
     assert hook.told == []
-    shards = [
-        child
-        for child in psutil.Process(stack.process.pid).children(recursive=True)
-        if "tessera.shard.main" in " ".join(child.cmdline())
-    ]
+    shards = processes_of(stack, "tessera.shard.main")
     assert len(shards) == 2
     shards[1].kill()
+    alert = "TesseraShardsRestarted"
+    wait_for("the alert", lambda: bool(hook.heard("firing", alert)), 40)
+    assert hook.heard("firing", alert)[0]["severity"] == "ticket"
+    wait_for("its end", lambda: bool(hook.heard("resolved", alert)), 60)
+    assert prometheus.value('tessera_shard_up{rank="1"}') == 1
+    assert stack.process.poll() is None
+    # TesseraShardSilent was right as well if a scrape came at that moment.
+    assert {told["alertname"] for _, told in hook.told} <= {alert, "TesseraShardSilent"}
+
+
+def test_a_lost_server_is_told_and_its_return_too(
+    observed: tuple[Stack, Prometheus], hook: Webhook
+) -> None:
+    stack, prometheus = observed
+    hook.told.clear()
+    port = int(stack.url.rpartition(":")[2])
+    processes_of(stack, "tessera.router.main")[0].kill()
+    assert stack.process.wait(30) == 1
     wait_for("the alert", lambda: bool(hook.heard("firing", "TesseraDown")), 40)
     labels = hook.heard("firing", "TesseraDown")[0]
-    port = int(stack.url.rpartition(":")[2])
     assert (labels["instance"], labels["severity"]) == (f"127.0.0.1:{port}", "page")
-    assert stack.process.wait(30) == 1
     with serving(hook, port):
         wait_for("its end", lambda: bool(hook.heard("resolved", "TesseraDown")), 60)
         assert prometheus.value("changes(process_start_time_seconds[5m])") == 1
-    assert {labels["alertname"] for _, labels in hook.told} == {"TesseraDown"}
+    assert {told["alertname"] for _, told in hook.told} == {"TesseraDown"}

@@ -105,8 +105,7 @@ def with_core(
         assert not core.ready
         with pytest.raises(NotReadyError):
             core.submit(request())
-        limits = ServingLimits(100, 128, 32, 640, 8)
-        core.open(limits, SchedulerLimits(32, 8, 3, 0, 8), BlockPool(num_blocks, 4))
+        open_core(core, num_blocks)
         running = asyncio.create_task(run(core))
         try:
             return await asyncio.wait_for(use(core), 20)
@@ -352,6 +351,85 @@ def test_lost_shards_end_every_request_with_an_error_and_close_the_door(
             core.submit(request())
 
     with_core(tokenizer, shards, use)
+
+
+def suspended_core(
+    tokenizer: Tokenizer, use: Callable[[Core, ScriptedShards], Awaitable[None]]
+) -> None:
+    """`use` a core whose shards were lost at the third step, with one request under way."""
+
+    async def go() -> None:
+        shards = ScriptedShards()
+        shards.lost_at = 2
+        core = Core(shards, tokenizer, frozenset({EOS}), Metrics())  # type: ignore[arg-type]
+        open_core(core)
+        core.submit(request(new=50))
+        with pytest.raises(ShardsLost) as lost:
+            await asyncio.wait_for(core.run(), 10)
+        core.suspend(lost.value)
+        shards.lost_at = None
+        await use(core, shards)
+
+    asyncio.run(go())
+
+
+def open_core(core: Core, num_blocks: int = NUM_BLOCKS) -> None:
+    limits = ServingLimits(100, 128, 32, 640, 8)
+    core.open(limits, SchedulerLimits(32, 8, 3, 0, 8), BlockPool(num_blocks, 4))
+
+
+def test_requests_that_come_while_shards_are_started_wait_for_them(tokenizer: Tokenizer) -> None:
+    async def use(core: Core, shards: ScriptedShards) -> None:
+        assert not core.ready  # who has the choice should ask another server
+        stream = core.submit(request(new=3))
+        open_core(core)
+        assert core.ready
+        running = asyncio.create_task(core.run())
+        assert len(await asyncio.wait_for(read(stream), 10)) == 3
+        running.cancel()
+
+    suspended_core(tokenizer, use)
+
+
+def test_whoever_waits_too_long_for_new_shards_is_told(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tessera.router.core.PATIENCE_S", 0.05)
+
+    async def use(core: Core, shards: ScriptedShards) -> None:
+        stream = core.submit(request(new=3))
+        with pytest.raises(GenerationError, match="a shard was lost"):
+            await asyncio.wait_for(read(stream), 10)
+        with pytest.raises(NotReadyError, match="lost a shard"):
+            core.submit(request())
+        open_core(core)
+        assert core.ready
+        core.submit(request())
+
+    suspended_core(tokenizer, use)
+
+
+def test_whoever_does_not_fit_into_the_new_cache_is_told(tokenizer: Tokenizer) -> None:
+    async def use(core: Core, shards: ScriptedShards) -> None:
+        small, large = core.submit(request(new=3)), core.submit(request(prompt=30, new=30))
+        open_core(core, num_blocks=10)
+        running = asyncio.create_task(core.run())
+        with pytest.raises(GenerationError, match="does not fit"):
+            await asyncio.wait_for(read(large), 10)
+        assert len(await asyncio.wait_for(read(small), 10)) == 3
+        running.cancel()
+
+    suspended_core(tokenizer, use)
+
+
+def test_draining_does_not_wait_for_new_shards(tokenizer: Tokenizer) -> None:
+    async def use(core: Core, shards: ScriptedShards) -> None:
+        stream = core.submit(request(new=3))
+        core.drain()
+        with pytest.raises(GenerationError, match="a shard was lost"):
+            await asyncio.wait_for(read(stream), 10)
+
+    suspended_core(tokenizer, use)
 
 
 def test_draining_refuses_newcomers_and_finishes_the_rest(tokenizer: Tokenizer) -> None:

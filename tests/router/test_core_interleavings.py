@@ -25,6 +25,7 @@ from tessera.router.metrics import Metrics
 from tessera.router.request import Request, SamplingParams, StoppingParams
 from tessera.router.scheduler import SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
+from tessera.router.shards import ShardsLost
 from tessera.router.tokenizer import Tokenizer
 
 EOS, FIRST_ID, NUM_IDS, STOP_ID = 2, 300, 23, 305
@@ -49,12 +50,21 @@ Outcome = tuple[list[int], str]
 class ModelShards:
     """Shards whose model is a function of all tokens so far; replies come some turns late."""
 
-    def __init__(self, clients: list[Client], delay: int) -> None:
+    def __init__(
+        self, clients: list[Client], delay: int, lost_at: frozenset[int] = frozenset()
+    ) -> None:
+        """`lost_at`: the steps, counted from 0, whose replies do not come."""
         self._by_prompt = {client.prompt: client for client in clients}
         self._delay = delay
+        self._lost_at = lost_at
+        self._num_awaited = 0
         self._tokens: dict[int, list[int]] = {}
         self._replies: deque[shard_pb2.StepReply] = deque()
         self.sent = 0
+
+    def start_anew(self) -> None:
+        self._tokens.clear()
+        self._replies.clear()
 
     async def send(self, plan: StepPlan) -> int:
         self.sent += 1
@@ -64,6 +74,9 @@ class ModelShards:
     async def receive(self, step_id: int) -> shard_pb2.StepReply:
         for _ in range(self._delay):
             await asyncio.sleep(0)
+        self._num_awaited += 1
+        if self._num_awaited - 1 in self._lost_at:
+            raise ShardsLost("rank 0 is gone")
         return self._replies.popleft()
 
     def _run(self, plan: StepPlan) -> shard_pb2.StepReply:
@@ -142,15 +155,34 @@ async def read(core: Core, client: Client, stop: str) -> Outcome:
         stream.close()
 
 
+async def run(core: Core, shards: ModelShards, num_blocks: int) -> None:
+    """As the router's main does: new shards in place of lost ones, a while later."""
+    while True:
+        limits = ServingLimits(99, 99, 16, 99, 4)
+        pool = BlockPool(num_blocks, BLOCK_SIZE)
+        core.open(limits, SchedulerLimits(16, 4, 2, 0.5, 4), pool)
+        try:
+            await core.run()
+        except ShardsLost as error:
+            core.suspend(error)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        shards.start_anew()
+
+
 def serve(
-    tokenizer: Tokenizer, clients: list[Client], lookahead: int, delay: int, num_blocks: int
+    tokenizer: Tokenizer,
+    clients: list[Client],
+    lookahead: int,
+    delay: int,
+    num_blocks: int,
+    lost_at: frozenset[int] = frozenset(),
 ) -> list[Outcome]:
     async def go() -> list[Outcome]:
-        shards = ModelShards(clients, delay)
+        shards = ModelShards(clients, delay, lost_at)
         core = Core(shards, tokenizer, frozenset({EOS}), Metrics(), lookahead)  # type: ignore[arg-type]
-        pool = BlockPool(num_blocks, BLOCK_SIZE)
-        core.open(ServingLimits(99, 99, 16, 99, 4), SchedulerLimits(16, 4, 2, 0.5, 4), pool)
-        running = asyncio.create_task(core.run())
+        running = asyncio.create_task(run(core, shards, num_blocks))
+        await asyncio.sleep(0)
         stop = tokenizer.token_text(STOP_ID).strip()
         try:
             outcomes = await asyncio.wait_for(
@@ -158,7 +190,8 @@ def serve(
             )
             for _ in range(20 * (delay + 1)):  # what is under way comes back
                 await asyncio.sleep(0)
-            assert pool.num_free == num_blocks
+            assert core._scheduler is not None
+            assert core._scheduler.pool.num_free == num_blocks
             assert shards._tokens == {}
             return list(outcomes)
         finally:
@@ -188,6 +221,44 @@ def test_everybody_reads_what_they_would_read_alone(
     alone = [serve(tokenizer, [client], 0, 0, 24)[0] for client in clients]
     together = serve(tokenizer, clients, lookahead, delay, num_blocks)
     assert together == alone
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    clients=clients_strategy(),
+    lookahead=st.integers(0, 2),
+    delay=st.integers(0, 3),
+    num_blocks=st.integers(10, 24),
+    lost_at=st.frozensets(st.integers(0, 40), min_size=1, max_size=3),
+)
+def test_nobody_notices_that_shards_were_lost(
+    tokenizer: Tokenizer,
+    clients: list[Client],
+    lookahead: int,
+    delay: int,
+    num_blocks: int,
+    lost_at: frozenset[int],
+) -> None:
+    """But for a pause, and who computed during two losses and may be the reason for them."""
+    alone = [serve(tokenizer, [client], 0, 0, 24)[0] for client in clients]
+    together = serve(tokenizer, clients, lookahead, delay, num_blocks, lost_at)
+    for outcome, expected in zip(together, alone, strict=True):
+        if outcome != expected:
+            ids, end = outcome
+            assert len(lost_at) > 1 and end == "failed"
+            assert ids == expected[0][: len(ids)]
+
+
+def test_whoever_computes_while_shards_are_lost_twice_is_not_tried_again(
+    tokenizer: Tokenizer,
+) -> None:
+    client = Client((400,), 16, False, None, None, 0)
+    (ids, end), *_ = serve(tokenizer, [client], 1, 0, 24)
+    assert len(ids) > 6 and end != "failed"
+    assert serve(tokenizer, [client], 1, 0, 24, frozenset({3})) == [(ids, end)]
+    assert serve(tokenizer, [client], 1, 0, 24, frozenset({3, 5})) == [(ids[:4], "failed")]
 
 
 def test_all_kinds_of_endings_happen(tokenizer: Tokenizer) -> None:

@@ -1,16 +1,13 @@
 """Sampling against transformers' processors, against softmax, and against itself in company."""
 
-import math
-
 import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
 from tessera.proto.shard_pb2 import LogitBias, SamplingParams
-from tessera.shard.sampler import Sampled, SampleRow, _filtered, sample, uniforms
+from tessera.shard.sampler import Sampled, SampleRow, _filtered, sample
 
 VOCABULARY = 50
-CPU = torch.device("cpu")
 
 
 def make_row(
@@ -162,17 +159,6 @@ def test_seed_and_position_both_matter() -> None:
         sample(logits, [make_row(temperature=1.0, seed=seed)])[0].token_id for seed in range(64)
     ]
     assert len(set(by_position)) > 20 and len(set(by_seed)) > 20
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
-def test_uniforms_are_uniform_and_open(seed: int) -> None:
-    u = torch.cat([uniforms(seed, position, 1000, CPU) for position in range(100)])
-    assert float(u.min()) > 0 and float(u.max()) < 1
-    assert float(u.mean()) == pytest.approx(0.5, abs=4 / math.sqrt(12 * len(u)))
-    counts = torch.histc(u, 50, 0, 1)
-    assert float(((counts - 2000) ** 2 / 2000).sum()) < 125  # 49 degrees of freedom, beyond 1e-7
-    correlation = torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]
-    assert abs(float(correlation)) < 0.02
 
 
 def mask_of(*allowed: int) -> bytes:

@@ -1,13 +1,13 @@
 """An accelerator that is not there: it computes on the host, but its tensors are elsewhere.
 
-Tensors report the device `simulated` and refuse to meet tensors of the host. Whatever would make the
-host wait for a real device is noted: values that are read, copies from memory that is not pinned.
-torch lets such a device be written in Python, as its "private use" device.
+Tensors report the device `simulated` and refuse to meet tensors of the host. Whatever would make
+the host wait for a real device is noted: values that are read, copies from memory that is not
+pinned. torch lets such a device be written in Python, as its "private use" device.
 """
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "simulated"
@@ -68,22 +67,29 @@ class SimulatedDevice:
     def compute(self, operation: Any, *arguments: Any, **named: Any) -> Any:
         """Do on the host what was asked of the device; results are on the device."""
         name = operation.name()
+        if _is_composite(operation):  # in inference mode torch leaves that to us
+            return operation.decompose(*arguments, **named)
         if name == "aten::copy_":
             return self._copy_into(operation, *arguments, **named)
         if name == "aten::_to_copy":
             return self._copy(operation, *arguments, **named)
-        _refuse_mixture(name, (arguments, named))
+        given: dict[int, Tensor] = {}  # what works in place returns what it was given
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                _refuse_host(name, value)
+                given[id(on_host(value))] = value
+            return on_host(value)
+
         if name in WAITING or (name in INDEXING and _has_mask(arguments[1])):
             self.note_wait(name)
-        result = operation(*tree_map(on_host, arguments), **tree_map(on_host, named))
-        # What works in place returns what it was given.
-        given = {id(on_host(x)): x for x in _tensors((arguments, named))}
-        return tree_map(lambda x: given[id(x)] if id(x) in given else on_device(x), result)
+        result = operation(*_each(taken, arguments), **_each(taken, named))
+        return _each(lambda x: given[id(x)] if id(x) in given else on_device(x), result)
 
     def _copy(self, operation: Any, source: Tensor, **named: Any) -> Any:
         target = torch.device(named.get("device") or source.device)
         self._note_copy(source, target.type == NAME, **named)
-        copied = operation(on_host(source), **tree_map(on_host, named))
+        copied = operation(on_host(source), **_each(on_host, named))
         return on_device(copied) if target.type == NAME else copied
 
     def _copy_into(self, operation: Any, target: Tensor, source: Tensor, *rest: bool) -> Tensor:
@@ -177,15 +183,25 @@ def is_pinned(tensor: Tensor) -> bool:
     return hasattr(tensor, "is_simulated_pinned")
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with everything in its tuples, lists and mappings changed."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_each(change, item) for item in value])
+    if isinstance(value, Mapping):
+        return {key: _each(change, item) for key, item in value.items()}
+    return change(value)
 
 
-def _refuse_mixture(name: str, arguments: Any) -> None:
-    for tensor in _tensors(arguments):
-        # As on a GPU, a number may come from the host.
-        if not isinstance(tensor, SimulatedTensor) and tensor.dim() > 0:
-            raise MixedDevices(f"{name}: a tensor of shape {list(tensor.shape)} is on the host")
+def _refuse_host(name: str, tensor: Tensor) -> None:
+    # As on a GPU, a number may come from the host.
+    if not isinstance(tensor, SimulatedTensor) and tensor.dim() > 0:
+        raise MixedDevices(f"{name}: a tensor of shape {list(tensor.shape)} is on the host")
+
+
+@cache
+def _is_composite(operation: Any) -> bool:
+    """Whether torch makes it of others, on every device alike."""
+    return bool(operation._can_decompose())
 
 
 def _has_mask(indices: Sequence[Tensor | None]) -> bool:

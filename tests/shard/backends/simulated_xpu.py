@@ -58,6 +58,6 @@ def simulated_xpu() -> Iterator[torch.device]:
     """In the block, torch.xpu speaks of the simulated device and memory can be pinned."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, stand_in in STAND_INS.items():
-            monkeypatch.setattr(torch.xpu, name, stand_in)
+            monkeypatch.setattr(f"torch.xpu.{name}", stand_in)
         pin_memory(monkeypatch)
         yield simulated_device().device
