@@ -99,7 +99,7 @@ class ChatTemplate:
                 takes_pictures=files.layout is not None,
             )
         except TemplateError as error:
-            raise ModelFilesError(f"{folder}: {error}") from None
+            raise ModelFilesError(f"{'CHAT_TEMPLATE' if given else folder}: {error}.") from None
 
     def render(
         self,

@@ -65,6 +65,7 @@ _UPRIGHT = {
 
 _SCHEME = re.compile(r"\s*+([A-Za-z][A-Za-z0-9+.-]{1,31}):")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_JPEG_IN_BASE64 = "/9j/"
 _WHITESPACE = b" \t\r\n\f\v"
 
 
@@ -128,6 +129,8 @@ def decode_image_source(source: str) -> bytes:
         ValidationError: another address, a file path, or no valid base64.
     """
     scheme = _SCHEME.match(source)
+    if source.startswith("/") and not source.startswith(_JPEG_IN_BASE64):
+        raise _elsewhere()  # no other format that is read begins so
     if scheme is None:
         return _decode_base64(source)
     if scheme[1].lower() == "data":

@@ -1,6 +1,7 @@
 """From the bytes of a body to a checked value, strictly, with errors that name the field."""
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ def _parse_object(content: bytes) -> dict[str, Any]:
             f"the body holds more than {MAX_VALUES} values; send fewer or shorter prompts."
         )
     try:
-        value = from_json(content, allow_inf_nan=False)
+        value = from_json(content.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:  # says what and at which line and column, never quotes the body
         raise MalformedBody(f"the body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):

@@ -1,5 +1,6 @@
 """From a step's message to the tensors of one forward pass."""
 
+from array import array
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from tessera.shard.backends.base import StepLayout
 from tessera.shard.errors import DivergenceError
 from tessera.shard.kv_cache import BlockTables
 from tessera.shard.sequence import SequenceState
+from tessera.shard.unread_tokens import is_placeholder, resolved
 from tessera.shard.upload import upload_together
 
 
@@ -80,8 +82,12 @@ class BatchBuilder:
         """Forget every sequence."""
         self.release(list(self.sequences))
 
-    def build(self, step: shard_pb2.Step) -> Batch | None:
+    def build(self, step: shard_pb2.Step, chosen_R: Tensor | None = None) -> Batch | None:
         """The tensors of `step`, or None when it computes nothing.
+
+        Args:
+            chosen_R: the tokens of the step before, if the host may not have read them
+                (`unread_tokens`).
 
         Raises:
             DivergenceError: the step speaks of a sequence or position this shard does not have.
@@ -94,6 +100,8 @@ class BatchBuilder:
         if not rows.ids:
             return None
         ids_T, layout = self._tensors(rows)
+        if rows.has_unread:
+            ids_T = resolved(ids_T, chosen_R)
         return Batch(
             ids_T=ids_T,
             layout=layout,
@@ -115,8 +123,9 @@ class BatchBuilder:
             del sequence.token_ids[sequence.context_len :]
             sequence.token_ids.append(row.token_id)
         self._grow(sequence, list(row.new_block_ids))
-        first = len(rows.ids)
-        rows.ids.append(sequence.token_ids[sequence.context_len])
+        first, token_id = len(rows.ids), sequence.token_ids[sequence.context_len]
+        rows.ids.append(token_id)
+        rows.has_unread = rows.has_unread or is_placeholder(token_id)
         rows.add_span(sequence, first, 1)
         sequence.context_len += 1
         rows.sample(sequence, first)
@@ -163,7 +172,7 @@ class BatchBuilder:
             chunk.sampling,
             chunk.num_prompt_tokens,
             context_len=chunk.first_position,
-            token_ids=list(chunk.cached_token_ids) or [0] * chunk.first_position,
+            token_ids=array("q", chunk.cached_token_ids or [0] * chunk.first_position),
         )
         self.sequences[chunk.sequence_id] = sequence
         return sequence
@@ -238,6 +247,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
+        self.has_unread = False  # whether placeholders are among them
         self.sequences: list[SequenceState] = []
         self.query_start: list[int] = [0]
         self.context_lens: list[int] = []

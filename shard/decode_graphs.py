@@ -21,6 +21,19 @@ from tessera.shard.models.base import Model
 logger = logging.getLogger(__name__)
 
 
+LARGEST_BATCH = 256  # beyond it naming the operations takes less time than computing them
+
+
+def batch_sizes(max_batch: int) -> list[int]:
+    """The sizes to record for steps of up to `max_batch` sequences, ascending, the largest last.
+
+    Steps are filled up with few rows of nothing; the number of recordings stays below 30.
+    """
+    largest = min(max_batch, LARGEST_BATCH)
+    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, LARGEST_BATCH + 1, 16)]
+    return [*(size for size in sizes if size < largest), largest]
+
+
 class DecodeGraphs:
     """Recordings of a model's decode step over one cache; one rank only."""
 
@@ -52,8 +65,6 @@ class DecodeGraphs:
         max_blocks: int,
     ) -> "DecodeGraphs | None":
         """Recordings for batches of these sizes, or None where there can be none."""
-        if not sizes:
-            return None
         graphs = cls(backend, model, max(sizes), max_blocks)
         try:
             is_recorded = graphs._record(caches, sizes)

@@ -1,10 +1,14 @@
-"""Runs steps on one rank: images, forward pass, sampling. One thread, one step at a time."""
+"""Runs steps on one rank: images, forward pass, sampling. One thread, one step after the other.
+
+A device that runs ahead of the host may be given the next step before this one is finished: then
+the host reads tokens and writes replies while the device computes.
+"""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +16,16 @@ from torch import Tensor
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
 from tessera.shard.batch import Batch, BatchBuilder, slice_layout
-from tessera.shard.decode_graphs import DecodeGraphs
+from tessera.shard.decode_graphs import DecodeGraphs, batch_sizes
 from tessera.shard.errors import DeviceError, GroupLost
+from tessera.shard.launched import Launched
 from tessera.shard.models.base import ImageTiles, Model, Placement
 from tessera.shard.prompt_scores import score_prompt
 from tessera.shard.resilience import in_halves, one_by_one
-from tessera.shard.sampler import Sampled
 from tessera.shard.sequence import SequenceState
 from tessera.shard.token_choice import choose_tokens, report_token
 from tessera.shard.token_masks import TokenMaskBox
+from tessera.shard.unread_tokens import is_placeholder, placeholder
 from tessera.shard.upload import upload
 from tessera.shard.vision_cache import VisionCache
 
@@ -41,6 +46,15 @@ class Engine:
         self._vision = VisionCache()
         self._caches: list[LayerCache] = []
         self._graphs: DecodeGraphs | None = None  # recordings over these caches
+        self._chosen_R: Tensor | None = None  # tokens of the step launched last
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is finished.
+
+        Ranks of a group wait for the device in each step, to agree on what failed.
+        """
+        return self.placement.backend.runs_ahead and self.placement.group.world_size == 1
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -75,16 +89,15 @@ class Engine:
             ) from error
 
     @torch.inference_mode()
-    def record_decodes(self, sizes: Sequence[int], max_context_len: int) -> int:
-        """Record decode steps of batches of these sizes, where the device can; bytes they hold.
+    def record_decodes(self, max_batch: int, max_context_len: int) -> int:
+        """Record decode steps over the cache, where the device can; bytes they hold.
 
         Steps of several ranks are not recorded, so that they can agree on what failed.
         """
-        backend = self.placement.backend
         max_blocks = -(-max_context_len // self.block_size)
-        if self.placement.group.world_size == 1:
+        if self.runs_ahead:
             self._graphs = DecodeGraphs.recorded(
-                backend, self.model, self._caches, sizes, max_blocks
+                self.placement.backend, self.model, self._caches, batch_sizes(max_batch), max_blocks
             )
         return self._graphs.num_bytes if self._graphs is not None else 0
 
@@ -97,8 +110,8 @@ class Engine:
         self._builder.clear()
         self._vision.clear()
         self.masks.reset()
+        self._chosen_R = None
 
-    @torch.inference_mode()
     def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
         """Compute one step.
 
@@ -108,41 +121,107 @@ class Engine:
         Raises:
             DivergenceError: router and shard disagree; nothing of the step can be trusted.
         """
-        reply = shard_pb2.StepReply(step_id=step.step_id)
+        return self.finish(self.launch(step))
+
+    @torch.inference_mode()
+    def launch(self, step: shard_pb2.Step) -> Launched:
+        """Begin a step. Where the device runs ahead, this waits for nothing.
+
+        The step before it must be finished, unless it `may_be_followed`.
+
+        Raises:
+            DivergenceError: see `run`.
+        """
+        backend, started_ns = self.placement.backend, time.perf_counter_ns()
         self._builder.release(list(step.released_sequence_ids))
         for content_hash in step.released_images:
             self._vision.release(content_hash)
-        backend, started_ns = self.placement.backend, time.perf_counter_ns()
         started = backend.mark()
         self._encode_images(step.images)
         encoded = backend.mark()
-        batch = self._builder.build(step)
-        computed = self._forward(batch, reply) if batch is not None else encoded
-        # Here the device is waited for where sampling has not done so.
-        reply.vision_ns = backend.elapsed_ns(started, encoded)
-        reply.forward_ns = backend.elapsed_ns(encoded, computed)
-        on_device_ns = reply.vision_ns + reply.forward_ns
-        reply.sample_ns = max(0, time.perf_counter_ns() - started_ns - on_device_ns)
+        batch = self._builder.build(step, self._chosen_R)
+        reply = shard_pb2.StepReply(step_id=step.step_id)
+        launched = Launched(reply, batch, started_ns, started, encoded, computed=encoded)
+        if batch is not None:
+            launched.hidden_TD = self._hidden_states(batch, launched.failures)
+            guided = any(sequence.sampling.guided for sequence in batch.sampled)
+            if self.runs_ahead and not guided:
+                self._choose(launched, batch, launched.hidden_TD)
+                if launched.tokens is not None:
+                    launched.tokens.fetch()
+                launched.done = backend.mark()
+        self._chosen_R = launched.tokens.ids_R if launched.tokens is not None else None
+        return launched
+
+    @torch.inference_mode()
+    def finish(self, launched: Launched) -> shard_pb2.StepReply:
+        """Wait until the step is computed, and say what came out."""
+        backend, reply, batch = self.placement.backend, launched.reply, launched.batch
+        if batch is not None and launched.hidden_TD is not None:
+            hidden_TD, group = launched.hidden_TD, self.placement.group
+            for span in batch.prompt_spans:
+                score_prompt(self.model, group, hidden_TD, batch.ids_T, span, reply)
+            if launched.done is None:
+                self._choose(launched, batch, hidden_TD)
+            else:
+                backend.wait(launched.done)
+            if batch.sampled:
+                self._report(launched, batch)
+        for sequence_id, message in launched.failures.items():
+            reply.failures.add(sequence_id=sequence_id, message=message)
+        # Here the device is waited for where reading tokens has not done so.
+        reply.vision_ns = backend.elapsed_ns(launched.started, launched.encoded)
+        reply.forward_ns = backend.elapsed_ns(launched.encoded, launched.computed)
+        if launched.done is None:
+            on_device_ns = reply.vision_ns + reply.forward_ns
+            took_ns = time.perf_counter_ns() - launched.started_ns
+            reply.sample_ns = max(0, took_ns - on_device_ns)
+        else:
+            reply.sample_ns = backend.elapsed_ns(launched.computed, launched.done)
         return reply
 
-    def _forward(self, batch: Batch, reply: shard_pb2.StepReply) -> Any:
-        """Compute and sample; the device's mark between the two."""
-        failures: dict[int, str] = {}
-        hidden_TD = self._hidden_states(batch, failures)
-        for span in batch.prompt_spans:
-            score_prompt(self.model, self.placement.group, hidden_TD, batch.ids_T, span, reply)
+    def wait(self, launched: Launched) -> None:
+        """Until a step that `may_be_followed` is computed. From any thread."""
+        self.placement.backend.wait(launched.done)
+
+    def _choose(self, launched: Launched, batch: Batch, hidden_TD: Tensor) -> None:
+        """Sample on rank 0. On all ranks placeholders are remembered; who reads replaces them."""
         logits_RV = None
         if batch.sample_rows:
             if len(batch.sample_rows) < batch.num_tokens:
                 rows_R = upload(torch.tensor(batch.sample_rows), hidden_TD.device)
                 hidden_TD = hidden_TD[rows_R]
             logits_RV = self._logits(hidden_TD)
-        computed = self.placement.backend.mark()
-        if batch.sampled:
-            self._sample(batch.sampled, logits_RV, failures, reply)
-        for sequence_id, message in failures.items():
-            reply.failures.add(sequence_id=sequence_id, message=message)
-        return computed
+        launched.computed = self.placement.backend.mark()
+        if logits_RV is not None:
+            masks = self._masks_of(launched.reply.step_id, batch.sampled, launched.failures)
+            launched.tokens = choose_tokens(
+                logits_RV,
+                masks,
+                batch.sampled,
+                launched.failures,
+                self.placement.backend.draw,
+                self._chosen_R,
+            )
+        for row, sequence in enumerate(batch.sampled):
+            launched.places.append(len(sequence.token_ids))
+            sequence.token_ids.append(placeholder(row))
+
+    def _report(self, launched: Launched, batch: Batch) -> None:
+        """Read the tokens on rank 0, tell the other ranks, remember them on all."""
+        sampled = launched.tokens.read(launched.failures) if launched.tokens is not None else []
+        token_ids = [token.token_id for token in sampled] or [0] * len(batch.sampled)
+        if self.placement.group.world_size > 1:
+            ids_R = torch.tensor(token_ids, device=self.placement.backend.device)
+            token_ids = self.placement.group.broadcast(ids_R).tolist()
+        for sequence, place, token_id in zip(
+            batch.sampled, launched.places, token_ids, strict=True
+        ):
+            if is_placeholder(sequence.token_ids[place]):  # the router may have named another
+                sequence.token_ids[place] = token_id
+        for sequence, token in zip(batch.sampled, sampled, strict=False):
+            if sequence.sequence_id not in launched.failures:
+                report_token(launched.reply, sequence.sequence_id, token)
 
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero."""
@@ -220,28 +299,6 @@ class Engine:
         for image, features_TD in zip(new, features, strict=True):
             if isinstance(features_TD, Tensor):
                 self._vision.put(image.content_hash, features_TD)
-
-    def _sample(
-        self,
-        sequences: Sequence[SequenceState],
-        logits_RV: Tensor | None,
-        failures: dict[int, str],
-        reply: shard_pb2.StepReply,
-    ) -> None:
-        """Choose tokens on rank 0, tell the other ranks, remember them on all."""
-        sampled: list[Sampled] = []
-        if logits_RV is not None:
-            masks = self._masks_of(reply.step_id, sequences, failures)
-            sampled = choose_tokens(logits_RV, masks, sequences, failures)
-        token_ids = [token.token_id for token in sampled] or [0] * len(sequences)
-        if self.placement.group.world_size > 1:
-            ids_R = torch.tensor(token_ids, device=self.placement.backend.device)
-            token_ids = self.placement.group.broadcast(ids_R).tolist()
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            sequence.token_ids.append(token_id)
-        for sequence, token in zip(sequences, sampled, strict=False):
-            if sequence.sequence_id not in failures:
-                report_token(reply, sequence.sequence_id, token)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor | None:
         """float32 [R, V] on rank 0, None on the others."""

@@ -28,7 +28,9 @@ def draw(scores_RV: Tensor, keys_R: Tensor) -> Tensor:
     """
     # On a processor a row stays in its caches; elsewhere each operation costs a launch.
     rows_at_once = 1 if scores_RV.device.type == "cpu" else max(1, scores_RV.shape[0])
-    parts = zip(scores_RV.split(rows_at_once), keys_R.split(rows_at_once), strict=True)
+    parts = zip(
+        torch.split(scores_RV, rows_at_once), torch.split(keys_R, rows_at_once), strict=True
+    )
     drawn = [
         (scores.double() - (-uniforms(keys, scores.shape[1]).log()).log()).argmax(dim=-1)
         for scores, keys in parts

@@ -1,5 +1,6 @@
 """What a shard remembers of a sequence between steps."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +18,7 @@ class SequenceState:
     num_prompt_tokens: int
     num_blocks: int = 0
     context_len: int = 0  # tokens in the cache
-    token_ids: list[int] = field(default_factory=list)  # in the cache, plus the one sampled last
+    # In the cache, plus the one sampled last; below 0: see `unread_tokens`. 64 bits each.
+    token_ids: "array[int]" = field(default_factory=lambda: array("q"))
     # Logits of the last chunk's last position: they score the next chunk's first token.
     carried_logits_V: Tensor | None = None

@@ -36,11 +36,12 @@ class StepMemory:
     forward: int  # the most tokens through the decoder
     sampling: int  # the most sequences through the head and the sampler
     features: int  # pictures' features that are kept
+    recordings: int  # of decode steps, where the device repeats them
 
     @property
     def total(self) -> int:
-        """The three stages follow each other; the features stay."""
-        return max(self.vision, self.forward, self.sampling) + self.features
+        """The three stages follow each other; features and recordings stay."""
+        return max(self.vision, self.forward, self.sampling) + self.features + self.recordings
 
 
 def warm_up(
@@ -76,6 +77,7 @@ def warm_up(
     if num_blocks < -(-request.max_context_len // engine.block_size):
         raise DeviceError(_explain(engine, request, weights, free, step, num_blocks))
     engine.allocate_cache(num_blocks)
+    engine.record_decodes(request.max_batch_size, request.max_context_len)
     _rehearse(engine, layout)
     return shard_pb2.WarmupReply(
         num_blocks=num_blocks,
@@ -115,7 +117,7 @@ def _explain(
         fitting = num_blocks * engine.block_size
         ways_out.insert(0, f"MAX_TOTAL_TOKENS={fitting}")
     # What is left for the step when the cache has what it needs, spent on tokens alone.
-    room = free - int(free * WORKSPACE_SHARE) - needed - step.features
+    room = free - int(free * WORKSPACE_SHARE) - needed - step.features - step.recordings
     tokens = room * request.max_step_tokens // max(1, step.forward)
     if step.forward == max(step.vision, step.forward, step.sampling) and tokens > 0:
         fitting = min(tokens, request.max_step_tokens - 1)
@@ -127,7 +129,8 @@ def _explain(
         f"which the largest step takes {mib(step.total)} ({request.max_step_tokens} prompt tokens "
         f"{mib(step.forward)}, {request.max_step_tiles} image tiles {mib(step.vision)}, sampling "
         f"for {request.max_batch_size} sequences {mib(step.sampling)}, image features "
-        f"{mib(step.features)}). Try {', or '.join(ways_out)}."
+        f"{mib(step.features)}, recorded decode steps {mib(step.recordings)}). "
+        f"Try {', or '.join(ways_out)}."
     )
 
 
@@ -144,7 +147,9 @@ def _try_worst_step(
     sampling = _stage(engine, "MAX_BATCH_SIZE", request.max_batch_size, _sampling_peak)
     width, dtype = engine.model.width, engine.placement.dtype
     features = request.max_feature_tokens * width * dtype.itemsize
-    return StepMemory(vision, forward, sampling, features)
+    # Over the trial's cache, to see what they take; they are made again over the real one.
+    recordings = engine.record_decodes(request.max_batch_size, request.max_context_len)
+    return StepMemory(vision, forward, sampling, features, recordings)
 
 
 def _stage(engine: Engine, setting: str, count: int, peak: Trial) -> int:

@@ -229,7 +229,10 @@ ROWS = {
         Panel(
             "Shards that answer",
             "short",
-            {"{{instance}} {{rank}}": gauge("tessera_shard_up", "instance, rank")},
+            {
+                "{{instance}} {{rank}}": gauge("tessera_shard_up", "instance, rank"),
+                "{{instance}} started anew": gauge("tessera_shard_restarts_total"),
+            },
         ),
         Panel(
             "Memory of shards",

@@ -91,6 +91,7 @@ class Backend(Protocol):
     name: str
     device: torch.device
     float8_cache: bool  # whether a cache may be in 8 bits
+    runs_ahead: bool  # whether operations return before they are done
 
     def new_cache(self, shape: CacheShape, num_blocks: int) -> list[LayerCache]:
         """One `LayerCache` per layer for `num_blocks` blocks; contents undefined."""
@@ -155,6 +156,10 @@ class Backend(Protocol):
         """
         ...
 
+    def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
+        """Token ids [R] drawn from softmax(scores), see `gumbel.draw`. Waits for nothing."""
+        ...
+
     def free_memory_bytes(self) -> int:
         """Memory this process may still take on the device."""
         ...
@@ -177,6 +182,10 @@ class Backend(Protocol):
 
     def mark(self) -> Any:
         """A point in the device's work, to be given to `elapsed_ns`. Waits for nothing."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Until the device has reached a mark. From any thread."""
         ...
 
     def elapsed_ns(self, first: Any, last: Any) -> int:

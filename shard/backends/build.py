@@ -118,9 +118,8 @@ def _units() -> list[Unit]:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     variants = {"portable": (), **(X86_VARIANTS if is_x86 else {})}
     driver_flags = (*DRIVER_FLAGS, *(["-DTESSERA_X86"] if is_x86 else []))
-    drivers = [
-        Unit(SOURCES / f"{name}.cpp", name, driver_flags) for name in ("ops", "attend", "variants")
-    ]
+    names = ("ops", "cache", "linear", "attend", "variants")
+    drivers = [Unit(SOURCES / f"{name}.cpp", name, driver_flags) for name in names]
     drivers.append(Unit(SOURCES / "shared.cpp", "shared", (*driver_flags, "-O3")))  # it sums
     kernels = [
         Unit(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tessera.shard.backends.base import CacheShape, LayerCache, Linear, StepLayout
 from tessera.shard.backends.build import library_path
-from tessera.shard.backends.huge_pages import empty_on_huge_pages
+from tessera.shard.backends.huge_pages import HugePages, empty_on_huge_pages
 from tessera.shard.backends.packed_linear import PackedLinear, packing_works
+from tessera.shard.backends.paired_linear import PairedLinear
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.quantized import QuantizedWeight, pack
 
@@ -71,6 +72,8 @@ class CpuBackend(ReferenceBackend):
         self.variant = variant or variants[0]
         self._variant = variants.index(self.variant)
         kernels = torch.ops.tessera_cpu
+        self._pairs = kernels.paired_linear_pays(self._variant)
+        self._weights = HugePages()
         self._add_rms_norm = kernels.add_rms_norm.default
         self._silu_mul = kernels.silu_mul.default
         self._rotate_and_store = kernels.rotate_and_store.default
@@ -95,6 +98,8 @@ class CpuBackend(ReferenceBackend):
         """See `Backend.linear`. Packs large weights: the copy needs as much memory again."""
         dtype = weight_OI.dtype
         large = weight_OI.numel() >= MIN_PACKED_ELEMENTS.get(dtype, 0)
+        if large and self._pairs and dtype == torch.bfloat16 and weight_OI.shape[1] % 2 == 0:
+            return PairedLinear(weight_OI, bias_O, self._variant, self._weights)
         if large and self._packable.get(dtype, False):
             return PackedLinear(weight_OI, bias_O)
         return super().linear(weight_OI, bias_O)

@@ -40,6 +40,7 @@ class CudaDevice:
     """What every backend of such a GPU shares: its memory, time and graphs."""
 
     name = "cuda"
+    runs_ahead = True
     device: torch.device
 
     def free_memory_bytes(self) -> int:
@@ -65,10 +66,16 @@ class CudaDevice:
         torch.cuda.synchronize(self.device)
 
     def mark(self) -> torch.cuda.Event:
-        """See `Backend.mark`."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        """See `Backend.mark`. Who waits for it sleeps."""
+        event = torch.cuda.Event(  # type: ignore[no-untyped-call]
+            enable_timing=True, blocking=True
+        )
         event.record()
         return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """See `Backend.wait`."""
+        mark.synchronize()
 
     def elapsed_ns(self, first: torch.cuda.Event, last: torch.cuda.Event) -> int:
         """See `Backend.elapsed_ns`."""

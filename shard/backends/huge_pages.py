@@ -14,6 +14,28 @@ from torch import Tensor
 HUGE_PAGE_BYTES = 2 << 20
 
 
+CHUNK_BYTES = 64 << 20  # of memory that nobody has written to there is only the address
+ALIGNMENT = 64  # a cache line
+
+
+class HugePages:
+    """Memory for tensors that stay, laid one behind the other: small ones too are on 2 MiB pages."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As `torch.empty` on the host. The memory is freed with the last tensor in its chunk."""
+        num_bytes = math.prod(size) * dtype.itemsize
+        taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if num_bytes >= CHUNK_BYTES:
+            return empty_on_huge_pages(size, dtype)
+        if taken > self._free.numel():
+            self._free = empty_on_huge_pages((CHUNK_BYTES,), torch.uint8)
+        found, self._free = self._free[:num_bytes], self._free[taken:]
+        return found.view(dtype).view(size)
+
+
 def empty_on_huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`torch.empty` on the host; on 2 MiB pages where the kernel can give them."""
     num_bytes = math.prod(size) * dtype.itemsize

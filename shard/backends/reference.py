@@ -19,6 +19,7 @@ from tessera.shard.backends.host_memory import (
     reset_host_peak,
     used_host_bytes,
 )
+from tessera.shard.gumbel import draw
 from tessera.shard.quantized import QuantizedWeight
 
 
@@ -37,6 +38,7 @@ class ReferenceBackend:
 
     name = "reference"
     float8_cache = True
+    runs_ahead = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -117,6 +119,10 @@ class ReferenceBackend:
         q, k, v = (x.transpose(1, 2) for x in (q_SQNH, k_SQNH, v_SQNH))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
+    def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
+        """See `Backend.draw`."""
+        return draw(scores_RV, keys_R)
+
     def free_memory_bytes(self) -> int:
         """See `Backend.free_memory_bytes`."""
         return free_host_bytes()
@@ -139,6 +145,9 @@ class ReferenceBackend:
     def mark(self) -> Any:
         """See `Backend.mark`."""
         return time.perf_counter_ns()
+
+    def wait(self, mark: Any) -> None:
+        """See `Backend.wait`. On the host everything is finished."""
 
     def elapsed_ns(self, first: Any, last: Any) -> int:
         """See `Backend.elapsed_ns`."""

@@ -28,7 +28,7 @@ def create(device: torch.device) -> Backend:
 
 
 def _with_ipex(device: torch.device) -> Backend | None:
-    if not ipex_fits():
+    if not ipex_fits("xpu"):
         return None
     from tessera.shard.backends import ipex
 

@@ -2,6 +2,7 @@ import asyncio
 import gzip
 import json
 import logging
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def test_malformed_and_mistyped_bodies(text_app: App) -> None:
     mistyped = post(text_app(), "/generate", {"inputs": 3})
     assert mistyped.status_code == 422
     assert "`inputs` must be a string" in mistyped.json()["error"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_body(text_app: App) -> None:
+    content = BOM_UTF8 + json.dumps(BODY).encode()
+    headers = {"content-type": "application/json"}
+    response = call(text_app(), "POST", "/generate", content=content, headers=headers)
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
-from tessera.shard.sampler import Sampled, SampleRow, sample
+from tessera.shard.sampler import Choice, SampleRow, choose
 from tessera.shard.warmup import warm_up
 
 VOCABULARY = 32
@@ -368,14 +369,14 @@ def test_a_step_that_runs_out_of_memory_while_it_is_tried_names_one_that_does_no
 def test_a_sampler_that_fails_for_one_sequence_fails_it_alone(
     engine: Engine, model: TableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fragile(logits_RV: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    def fragile(logits_RV: Tensor, rows: list[SampleRow], *more: Any) -> Choice:
         if len(rows) > 2:
             raise torch.OutOfMemoryError("no room")
         if any(row.params.seed == 1 for row in rows):
             raise ValueError("a seed that the sampler cannot take")
-        return sample(logits_RV, rows)
+        return choose(logits_RV, rows, *more)
 
-    monkeypatch.setattr("tessera.shard.token_choice.sample", fragile)
+    monkeypatch.setattr("tessera.shard.token_choice.choose", fragile)
     seeds = {0: 5, 1: 1, 2: 7}
     params = {n: shard_pb2.SamplingParams(seed=seed) for n, seed in seeds.items()}
     reply = engine.run(shard_pb2.Step(chunks=[chunk(n, [4], sampling=params[n]) for n in params]))

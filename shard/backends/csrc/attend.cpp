@@ -1,11 +1,11 @@
 #include "attend.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
+
+#include "tensors.h"
 
 namespace tessera {
 namespace {
@@ -14,9 +14,6 @@ namespace {
 constexpr int64_t WORK_PER_THREAD = 1 << 20;
 // Pieces per thread that keep all threads busy to the end, whatever the lengths.
 constexpr int64_t PIECES_PER_THREAD = 4;
-
-const TypedKernels<float>& typed(const Kernels& kernels, float) { return kernels.of_float; }
-const TypedKernels<bf16>& typed(const Kernels& kernels, bf16) { return kernels.of_bf16; }
 
 // Keys that some row of the tile sees.
 struct KeyRange {

@@ -4,6 +4,7 @@
 // turned into weights of the softmax so far, multiplied with the packed values.
 #pragma once
 
+#include "float8.h"
 #include "matmul.h"
 #include "prefetch.h"
 
@@ -84,16 +85,19 @@ class TileAttention {
  public:
   TileAttention(const AttendArgs<T>& args, const AttendTile& tile, const Partial& to, float* scratch)
       : args(args), tile(tile), to(to), depth(args.head_size / VALUES),
-        width(padded(args.head_size)) {
+        width(padded(args.head_size)),
+        element_bytes(args.storage == Storage::PLAIN ? sizeof(T) : 1) {
     q = reinterpret_cast<Type*>(scratch);  // [rows, depth]
     k = q + padded(tile.rows() * depth);   // [depth, KEYS]
     v = k + depth * KEYS;                  // [KEYS / VALUES, width]
     p = v + KEYS / VALUES * width;         // [rows, KEYS / VALUES]
     scores = reinterpret_cast<float*>(p + tile.rows() * KEYS / VALUES);  // [rows, KEYS]
+    widened = reinterpret_cast<T*>(scores + tile.rows() * KEYS);         // [LANES, head size]
   }
 
   static int64_t scratch_floats(int64_t rows, int64_t head_size) {
-    return padded(rows * head_size) + KEYS * (head_size + padded(head_size)) + 2 * rows * KEYS;
+    return padded(rows * head_size) + KEYS * (head_size + padded(head_size)) + 2 * rows * KEYS +
+           LANES * head_size;
   }
 
   void attend(int64_t first_key, int64_t last_key) {
@@ -106,7 +110,8 @@ class TileAttention {
       num_next = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
       locate(start, last, offsets);
       locate(start + KEYS, num_next, next_offsets);
-      Prefetcher<T> ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next, args.head_size);
+      Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next,
+                       args.head_size * element_bytes);
       int64_t columns = (last + LANES - 1) / LANES * LANES;
       pack_keys(columns, ahead);
       multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns, ahead);
@@ -125,20 +130,31 @@ class TileAttention {
   int64_t width;  // padded head size
   Type *q, *k, *v, *p;
   float* scores;
+  T* widened;  // keys or values of a cache in 8 bits, as they are needed
+  int64_t element_bytes;  // of the cache
   int64_t origin = 0;           // position of the first of these KEYS
   int64_t first = 0, last = 0;  // those taken, counted from origin
   int64_t num_next = 0;         // of the next KEYS
   int64_t offsets[KEYS], next_offsets[KEYS];
 
-  // Where the keys and values at origin, origin + 1, ... lie in their pools.
+  // Where the keys and values at origin, origin + 1, ... lie in their pools, in bytes.
   void locate(int64_t origin, int64_t count, int64_t (&offsets)[KEYS]) const {
     const int32_t* table = args.block_tables_SM + tile.sequence * args.table_stride;
     int64_t index = origin / args.block_size, in_block = origin % args.block_size;
     for (int64_t key = 0; key < count; key++) {
-      offsets[key] = table[index] * args.block_stride + tile.kv_head * args.head_stride +
-                     in_block * args.position_stride;
+      offsets[key] = element_bytes * (table[index] * args.block_stride +
+                                      tile.kv_head * args.head_stride +
+                                      in_block * args.position_stride);
       if (++in_block == args.block_size) index++, in_block = 0;
     }
+  }
+
+  // A row of a pool; `slot` of the widened ones is overwritten.
+  const T* row_at(const uint8_t* from, int slot) {
+    if (args.storage == Storage::PLAIN) return reinterpret_cast<const T*>(from);
+    T* to = widened + slot * args.head_size;
+    widen_row(from, args.storage, to, args.head_size);
+    return to;
   }
 
   void clear() {
@@ -158,12 +174,12 @@ class TileAttention {
   }
 
   // k: cells down, keys across. Columns of keys that are not taken hold anything.
-  void pack_keys(int64_t columns, Prefetcher<T>& ahead) {
+  void pack_keys(int64_t columns, Prefetcher& ahead) {
     for (int64_t column = 0; column < columns; column += LANES) {
       const T* keys[LANES];
       for (int i = 0; i < LANES; i++) {
         int64_t key = column + i < first ? first : column + i < last ? column + i : last - 1;
-        keys[i] = args.k_BKPH + offsets[key];
+        keys[i] = row_at(args.k_BKPH + offsets[key], i);
       }
       Type* to_column = k + column;
       for_each_span(depth, [&keys, &ahead, to_column](Span span) {
@@ -178,15 +194,16 @@ class TileAttention {
   }
 
   // v: keys down, channels across; 0 for keys that are not taken, whatever their memory holds.
-  void pack_values(Prefetcher<T>& ahead) {
+  void pack_values(Prefetcher& ahead) {
     for (int64_t key = 0; key < last; key += VALUES) {
       const T* rows[VALUES];
       for (int i = 0; i < VALUES; i++) {
         bool taken = first <= key + i && key + i < last;
-        rows[i] = taken ? args.v_BKPH + offsets[key + i] : reinterpret_cast<const T*>(ZEROS);
+        rows[i] = taken ? row_at(args.v_BKPH + offsets[key + i], i)
+                        : reinterpret_cast<const T*>(ZEROS);
       }
       Type* to_row = v + key / VALUES * width;
-      ahead.fetch(args.head_size * sizeof(T) * VALUES / (2 * LINE));
+      ahead.fetch(args.head_size * element_bytes * VALUES / (2 * LINE));
       for_each_span(args.head_size, [&rows, to_row](Span span) {
         Floats cells = zip_rows(rows, span, Cell{});
         std::memcpy(to_row + span.at, &cells, sizeof(cells));

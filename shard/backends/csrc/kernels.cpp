@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "linear.h"
 #include "quantized.h"
 #include "vector.h"
 
@@ -65,7 +66,8 @@ constexpr TypedKernels<T> typed_kernels() {
 const Kernels* TESSERA_NAME(TESSERA_ISA)() {
   static constexpr Kernels kernels{scratch_floats,         merge,
                                    multiply_quantized<4>,  multiply_quantized<8>,
-                                   typed_kernels<float>(), typed_kernels<bf16>()};
+                                   PAIRED,                 typed_kernels<float>(),
+                                   typed_kernels<bf16>()};
   return &kernels;
 }
 

@@ -11,12 +11,16 @@ struct bf16 {
   uint16_t bits;
 };
 
+// How a cache holds its numbers: in the type of the computation, or in 8 bits (arXiv 2209.05433).
+enum class Storage { PLAIN, E4M3, E5M2 };
+
 // Attention of one step, as the kernels see it. Shape letters: shard/backends/base.py.
 template <typename T>
 struct AttendArgs {
   const T* q_TNH;
-  const T* k_BKPH;
-  const T* v_BKPH;
+  const uint8_t* k_BKPH;  // elements of `storage`
+  const uint8_t* v_BKPH;
+  Storage storage;
   T* out_TNH;
   const int32_t* block_tables_SM;
   int64_t table_stride;
@@ -87,6 +91,20 @@ struct QuantizedArgs {
   int64_t num_groups;      // G
 };
 
+// bfloat16 weights of linear layers (linear.h) lie in blocks of PAIRED_OUT outputs: pairs of columns,
+// and of each pair the two numbers of every output.
+constexpr int64_t PAIRED_OUT = 64;
+constexpr int64_t PAIRED_ROWS = 64;  // of the input at once
+
+struct PairedArgs {
+  const bf16* x_TI;
+  const bf16* weight;
+  const bf16* bias_O;  // or null
+  bf16* out_TO;
+  int64_t width;  // I
+  int64_t out_features;
+};
+
 template <typename T>
 struct TypedKernels {
   // One tile over the keys [first_key, last_key) of one segment into `to`, overwriting it.
@@ -111,6 +129,10 @@ struct Kernels {
                             int64_t num_rows, float* out);
   Multiply multiply_int4;
   Multiply multiply_int8;
+  // Rows of the input against one block of the weight; null without instructions for bfloat16.
+  using MultiplyPaired = void (*)(const PairedArgs&, int64_t block, int64_t first_row,
+                                  int64_t num_rows);
+  MultiplyPaired multiply_paired;
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
 };

@@ -1,55 +1,24 @@
 // torch.ops.tessera_cpu: what shard/backends/cpu.py calls. Checks arguments, finds the kernels.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <optional>
 
 #include "attend.h"
-#include "variants.h"
+#include "cache.h"
+#include "tensors.h"
 
 namespace tessera {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // of a cheap operation on rows
 constexpr int64_t ROWS_AT_ONCE = 64;              // of an input, against quantized weights
-
-const Kernels& kernels_of(int64_t variant) {
-  TORCH_CHECK(variant >= 0 && variant < static_cast<int64_t>(variants().size()),
-              "no kernel variant ", variant);
-  return *variants()[variant].kernels;
-}
-
-const TypedKernels<float>& typed(const Kernels& kernels, float) { return kernels.of_float; }
-const TypedKernels<bf16>& typed(const Kernels& kernels, bf16) { return kernels.of_bf16; }
-
-// Calls body with a value of the element type; both types of the CPU backend.
-template <typename Body>
-void with_type(const Tensor& x, Body body) {
-  if (x.scalar_type() == at::kFloat) return body(float{});
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "dtype must be float32 or bfloat16, not ",
-              x.scalar_type());
-  body(bf16{});
-}
-
-template <typename T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-
-void check_rows(const Tensor& x, const char* name, at::ScalarType type) {
-  TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == type, name,
-              " must be a contiguous CPU tensor of ", type, ", not ", x.scalar_type());
-}
 
 float as_float(float x) { return x; }
 float as_float(bf16 x) { return c10::detail::f32_from_bits(x.bits); }
@@ -59,14 +28,6 @@ void set(bf16& to, float x) { to.bits = c10::detail::round_to_nearest_even(x); }
 template <typename T>
 void write_row(T* to, const float* from, const T* bias, int64_t count) {
   for (int64_t i = 0; i < count; i++) set(to[i], from[i] + (bias ? as_float(bias[i]) : 0.0f));
-}
-
-template <typename Body>
-void for_rows(int64_t rows, int64_t width, Body body) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / width),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; row++) body(row);
-                   });
 }
 
 std::vector<std::string> variant_names() {
@@ -119,67 +80,6 @@ Tensor silu_mul(const Tensor& gate_up, int64_t variant) {
   return out;
 }
 
-void check_head_size(int64_t head_size) {
-  TORCH_CHECK(head_size % 8 == 0 && head_size <= MAX_HEAD_SIZE,
-              "head size must be a multiple of 8 up to ", MAX_HEAD_SIZE, ", not ", head_size);
-}
-
-void check_cache(const Tensor& k_BKPH, const Tensor& v_BKPH, at::ScalarType type) {
-  check_rows(k_BKPH, "keys", type);
-  check_rows(v_BKPH, "values", type);
-  TORCH_CHECK(k_BKPH.dim() == 4 && v_BKPH.sizes() == k_BKPH.sizes(), "the cache must be [B, K, P, H]");
-  check_head_size(k_BKPH.size(3));
-}
-
-void check_range(const Tensor& indices, int64_t limit, const char* name) {
-  const int64_t* index = data<int64_t>(indices);
-  bool inside = true;
-  for (int64_t i = 0; i < indices.numel(); i++) inside &= index[i] >= 0 && index[i] < limit;
-  TORCH_CHECK_INDEX(inside, name, " must lie in [0, ", limit, ")");
-}
-
-Tensor rotate_and_store(const Tensor& qkv, const Tensor& cos_sin_LH, const Tensor& k_BKPH,
-                        const Tensor& v_BKPH, const Tensor& positions_T, const Tensor& slots_T,
-                        int64_t variant) {
-  Tensor qkv_TF = qkv.contiguous();
-  check_rows(qkv_TF, "qkv", qkv_TF.scalar_type());
-  check_cache(k_BKPH, v_BKPH, qkv_TF.scalar_type());
-  check_rows(cos_sin_LH, "cos_sin", at::kFloat);
-  check_rows(positions_T, "positions", at::kLong);
-  check_rows(slots_T, "slots", at::kLong);
-  int64_t tokens = qkv_TF.size(0), kv_heads = k_BKPH.size(1), block_size = k_BKPH.size(2);
-  int64_t head_size = k_BKPH.size(3), heads = qkv_TF.size(1) / head_size - 2 * kv_heads;
-  TORCH_CHECK(heads > 0 && (heads + 2 * kv_heads) * head_size == qkv_TF.size(1),
-              "qkv must be [T, (N + 2K) * H], not [", tokens, ", ", qkv_TF.size(1), "]");
-  TORCH_CHECK(cos_sin_LH.size(1) == head_size, "cos_sin must be [L, H]");
-  TORCH_CHECK(positions_T.numel() == tokens && slots_T.numel() == tokens,
-              "positions and slots must be [T]");
-  check_range(positions_T, cos_sin_LH.size(0), "positions");
-  check_range(slots_T, k_BKPH.size(0) * block_size, "slots");
-  Tensor q_TNH = at::empty({tokens, heads, head_size}, qkv_TF.options());
-  with_type(qkv_TF, [&](auto type) {
-    using T = decltype(type);
-    auto rotate = typed(kernels_of(variant), type).rotate;
-    const float* cos_sin = data<float>(cos_sin_LH);
-    const int64_t *position = data<int64_t>(positions_T), *slot = data<int64_t>(slots_T);
-    T *q = data<T>(q_TNH), *k = data<T>(k_BKPH), *v = data<T>(v_BKPH);
-    const T* tokens_of_qkv = data<T>(qkv_TF);
-    for_rows(tokens, qkv_TF.size(1), [&](int64_t t) {
-      const T* from = tokens_of_qkv + t * (heads + 2 * kv_heads) * head_size;
-      const float* angles = cos_sin + position[t] * head_size;
-      for (int64_t head = 0; head < heads; head++, from += head_size) {
-        rotate(from, angles, q + (t * heads + head) * head_size, head_size);
-      }
-      for (int64_t head = 0; head < kv_heads; head++, from += head_size) {
-        int64_t row = (slot[t] / block_size * kv_heads + head) * block_size + slot[t] % block_size;
-        rotate(from, angles, k + row * head_size, head_size);
-        std::copy_n(from + kv_heads * head_size, head_size, v + row * head_size);
-      }
-    });
-  });
-  return q_TNH;
-}
-
 void check_step(const StepShape& step, const Tensor& q_TNH, const Tensor& tables_SM,
                 const Tensor& k_BKPH) {
   int64_t num_blocks = k_BKPH.size(0), block_size = k_BKPH.size(2);
@@ -203,9 +103,10 @@ AttendArgs<T> attend_args(T, const Tensor& q_TNH, const Tensor& k_BKPH, const Te
                           const Tensor& out_TNH) {
   AttendArgs<T> args{};
   args.q_TNH = data<T>(q_TNH);
-  args.k_BKPH = data<T>(k_BKPH);
-  args.v_BKPH = data<T>(v_BKPH);
+  args.k_BKPH = data<uint8_t>(k_BKPH);
+  args.v_BKPH = data<uint8_t>(v_BKPH);
   args.out_TNH = data<T>(out_TNH);
+  args.storage = storage_of(k_BKPH);
   args.block_stride = k_BKPH.stride(0);
   args.head_stride = k_BKPH.stride(1);
   args.position_stride = k_BKPH.stride(2);

@@ -9,25 +9,24 @@ namespace {
 
 constexpr int64_t LINE = 64;  // bytes that come together
 
-template <typename T>
 class Prefetcher {
  public:
-  // Rows of `row_size` elements at offsets[i] of one pool, then of the next.
-  Prefetcher(const T* pool, const T* next_pool, const int64_t* offsets, int64_t num_rows,
-             int64_t row_size)
+  // Rows of `row_bytes` at offsets[i] of one pool, then of the next.
+  Prefetcher(const uint8_t* pool, const uint8_t* next_pool, const int64_t* offsets,
+             int64_t num_rows, int64_t row_bytes)
       : pool(pool), next_pool(next_pool), offsets(offsets), num_rows(num_rows),
-        row_bytes(row_size * int64_t{sizeof(T)}) {}
+        row_bytes(row_bytes) {}
 
   void fetch(int64_t lines) {
     for (int64_t i = 0; i < lines && row < num_rows; i++) {
-      __builtin_prefetch(reinterpret_cast<const char*>(pool + offsets[row]) + at);
+      __builtin_prefetch(pool + offsets[row] + at);
       at += LINE;
       if (at >= row_bytes) next_row();
     }
   }
 
  private:
-  const T *pool, *next_pool;
+  const uint8_t *pool, *next_pool;
   const int64_t* offsets;
   int64_t num_rows, row_bytes;
   int64_t row = 0, at = 0;

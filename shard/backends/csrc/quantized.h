@@ -12,7 +12,7 @@
 namespace tessera {
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Quads __attribute__((vector_size(4 * LANES)));
 
 constexpr int PARTS = QUANTIZED_OUT / LANES;  // vectors of one value per output row
 constexpr int QUADS = QUANTIZED_GROUP / 4;    // four codes of each output row lie together
@@ -20,7 +20,7 @@ constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t AHEAD = 2048;               // bytes of the weight that are fetched early
 
 // Adds to each lane the products of its four codes with the four bytes of `x`.
-inline Ints add_products(Ints sums, Bytes codes, int32_t x) {
+inline Ints add_products(Ints sums, Quads codes, int32_t x) {
 #if defined(__AVX512VNNI__)
   return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums), bits<__m512i>(codes),
                                         _mm512_set1_epi32(x)));
@@ -78,13 +78,13 @@ inline void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int6
       Ints dots[ROWS] = {};
       for (int quad = 0; quad < QUADS * BITS / 8; quad++) {
         const int at = (quad * PARTS + part) * 4 * LANES;
-        Bytes codes = load_raw<Bytes>(weight + at);
+        Quads codes = load_raw<Quads>(weight + at);
         if constexpr (BITS == 8) {
           for (int r = 0; r < ROWS; r++) {
             dots[r] = add_products(dots[r], codes, x[r][g * QUADS + quad]);
           }
         } else {
-          Bytes low = codes & 0x0f, high = (codes >> 4) & 0x0f;
+          Quads low = codes & 0x0f, high = (codes >> 4) & 0x0f;
           for (int r = 0; r < ROWS; r++) {
             dots[r] = add_products(dots[r], low, x[r][g * QUADS + quad]);
             dots[r] = add_products(dots[r], high, x[r][g * QUADS + quad + QUADS / 2]);

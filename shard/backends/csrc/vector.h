@@ -26,6 +26,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <typename To, typename From>
 inline To bits(From from) {
@@ -58,6 +59,15 @@ inline Words to_words(Halves x) {
   return __builtin_convertvector(x, Words);
 #endif
 }
+inline Words to_words(Bytes x) {
+#if defined(__AVX512F__)
+  return bits<Words>(_mm512_cvtepu8_epi32(bits<__m128i>(x)));
+#elif defined(__AVX2__)
+  return bits<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits<int64_t>(x))));
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
 inline Halves to_halves(Words x) {
 #if defined(__AVX512F__)
   return bits<Halves>(_mm512_cvtepi32_epi16(bits<__m512i>(x)));
@@ -81,6 +91,7 @@ inline Halves narrow(Floats x) {
 
 inline Floats load(const float* from) { return load_raw<Floats>(from); }
 inline Floats load(const bf16* from) { return widen(load_raw<Halves>(from)); }
+inline Words load(const uint8_t* from) { return to_words(load_raw<Bytes>(from)); }
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
 inline void store(bf16* to, Floats x) {
   Halves narrowed = narrow(x);
@@ -97,7 +108,7 @@ struct Span {
   int64_t count;
 
   template <typename T>
-  Floats load(const T* from) const {
+  auto load(const T* from) const {
     if (count == LANES) return tessera::load(from + at);
     T copy[LANES] = {};
     std::memcpy(copy, from + at, count * sizeof(T));

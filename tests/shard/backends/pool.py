@@ -68,13 +68,20 @@ class Pool:
     """Sequences in scattered blocks of a cache whose unused positions are NaN."""
 
     def __init__(
-        self, lengths: Sequence[int], heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0
+        self,
+        lengths: Sequence[int],
+        heads: tuple[int, int, int],
+        dtype: torch.dtype,
+        seed: int = 0,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        """Keys and values are numbers that a cache of `cache_dtype` holds as they are."""
+        kept = cache_dtype or dtype
         generator = torch.Generator().manual_seed(seed)
         self.num_heads, num_kv_heads, head_size = heads
         self.block_size = 16
         counts = [-(-length // self.block_size) for length in lengths]
-        shape = CacheShape(1, num_kv_heads, head_size, self.block_size, dtype)
+        shape = CacheShape(1, num_kv_heads, head_size, self.block_size, kept)
         self.cache = ReferenceBackend(CPU).new_cache(shape, sum(counts) + 3)[0]
         self.cache.k_BKPH.fill_(NAN)
         self.cache.v_BKPH.fill_(NAN)
@@ -86,8 +93,8 @@ class Pool:
         self.sequences = [
             PooledSequence(
                 normal(length, self.num_heads),
-                normal(length, num_kv_heads),
-                normal(length, num_kv_heads),
+                normal(length, num_kv_heads).to(kept).to(dtype),
+                normal(length, num_kv_heads).to(kept).to(dtype),
                 [blocks.pop() for _ in range(count)],
             )
             for length, count in zip(lengths, counts, strict=True)

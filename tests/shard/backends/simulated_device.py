@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "simulated"
 CPU = torch.device("cpu")
@@ -41,6 +40,9 @@ class SimulatedDevice:
     """What happens on the device. There is one, made by `simulated_device`."""
 
     def __init__(self) -> None:
+        # Here, for the torch of IPEX does not have it yet.
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
         _setup_privateuseone_for_python_backend(NAME)
         # Else torch makes tensors from lists where Python does not see it.
         torch._C._set_only_lift_cpu_tensors(True)

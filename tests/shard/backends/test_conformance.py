@@ -1,6 +1,7 @@
 """Every backend that runs here against dense float64 arithmetic.
 
-Triton's kernels are among them in a process with TRITON_INTERPRET=1 (`test_triton.py` starts one).
+Triton's kernels are among them in a process with TRITON_INTERPRET=1 (`test_triton.py` starts one),
+IPEX's in an environment of its own (`make test-ipex`). Intel GPUs are simulated.
 """
 
 import os
@@ -14,8 +15,11 @@ from tessera.shard.backends import cuda, load_backend
 from tessera.shard.backends.base import Backend, CacheShape
 from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
+from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.backends.xpu import XpuBackend
 from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
+from tests.shard.backends.simulated_device import simulated_device
 
 
 def built_variants() -> list[str]:
@@ -25,11 +29,15 @@ def built_variants() -> list[str]:
         return []
 
 
-GPUS = ["cuda"] if cuda.available() else []
+GPUS = ["xpu", *(["cuda"] if cuda.available() else [])]
+IPEX = ["ipex"] if ipex_fits("cpu") else []
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
-@pytest.fixture(params=["reference", "fused_attention", *built_variants(), *GPUS, *INTERPRETED])
+BACKENDS = ["reference", "fused_attention", *built_variants(), *GPUS, *INTERPRETED, *IPEX]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "triton":
         # Only here is Triton sure to be installed.
@@ -40,6 +48,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":
         return FusedAttentionBackend(CPU)
+    if request.param == "ipex":
+        return load_backend("cpu", "ipex")
+    if request.param == "xpu":
+        return cast(Backend, HostFaced(XpuBackend(simulated_device().device)))
     if request.param == "cuda":
         return cast(Backend, HostFaced(load_backend("cuda")))
     return CpuBackend(CPU, request.param)

@@ -1,17 +1,23 @@
 """Products with weights of few bits, of every backend that runs here."""
 
 import logging
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import Backend
 from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
+from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.backends.xpu import XpuBackend
 from tessera.shard.quantized import GROUP, QuantizedWeight, pack, quantize
+from tests.shard.backends.pool import HostFaced
+from tests.shard.backends.simulated_device import simulated_device
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,12 +32,19 @@ def built_variants() -> list[str]:
         return []
 
 
-@pytest.fixture(params=["reference", "fused_attention", *built_variants()])
+IPEX = ["ipex"] if ipex_fits("cpu") else []
+
+
+@pytest.fixture(params=["reference", "fused_attention", "xpu", *built_variants(), *IPEX])
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "reference":
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":
         return FusedAttentionBackend(CPU)
+    if request.param == "xpu":
+        return cast(Backend, HostFaced(XpuBackend(simulated_device().device)))
+    if request.param == "ipex":
+        return load_backend("cpu", "ipex")
     return CpuBackend(CPU, request.param)
 
 

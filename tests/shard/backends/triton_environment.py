@@ -1,8 +1,8 @@
 """Triton beside the project's own packages, whose torch may be built without CUDA.
 
 `python -m tests.shard.backends.triton_environment` (or `make triton-env`) installs it into
-`build/triton-env`; what is there already is left alone. Triton is the version of the torch that GPUs
-are meant to be used with; its interpreter does not go together with the newest numpy.
+`build/triton-env`; what is there already is left alone. Triton is that of torch 2.11, the oldest
+that GPUs are used with; its interpreter does not go together with the newest numpy.
 """
 
 import os

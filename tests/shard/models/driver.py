@@ -51,9 +51,8 @@ class Runner:
         self.placement = placement
         self.model = load_model(folder, placement)
         model = self.model
-        shape = CacheShape(
-            model.num_layers, model.num_kv_heads, model.head_size, BLOCK_SIZE, placement.dtype
-        )
+        kept = placement.cache_dtype or placement.dtype
+        shape = CacheShape(model.num_layers, model.num_kv_heads, model.head_size, BLOCK_SIZE, kept)
         self.caches = placement.backend.new_cache(shape, NUM_BLOCKS)
         for cache in self.caches:  # what a block held before must never matter
             cache.k_BKPH.fill_(float("nan"))

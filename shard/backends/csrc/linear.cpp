@@ -1,0 +1,75 @@
+// torch.ops.tessera_cpu.paired_linear: linear layers in bfloat16, see shard/backends/paired_linear.py.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+
+namespace tessera {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t CELLS_PER_THREAD = 1 << 17;  // numbers of the weight times rows of the input
+
+// Matrix units (AMX) are several times faster at prompts than the vectors these kernels use.
+bool has_matrix_unit() {
+#if defined(TESSERA_X86)
+  return __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
+bool paired_linear_pays(int64_t variant) {
+  return kernels_of(variant).multiply_paired && !has_matrix_unit();
+}
+
+Tensor paired_linear(const Tensor& x_TI, const Tensor& weight, const std::optional<Tensor>& bias,
+                     int64_t out_features, int64_t variant) {
+  Kernels::MultiplyPaired multiply = kernels_of(variant).multiply_paired;
+  TORCH_CHECK(multiply, "this processor's kernels have no product with bfloat16");
+  Tensor x = x_TI.contiguous();
+  check_rows(x, "x", at::kBFloat16);
+  check_rows(weight, "the weight", at::kBFloat16);
+  const int64_t width = x.size(-1), blocks = (out_features + PAIRED_OUT - 1) / PAIRED_OUT;
+  TORCH_CHECK(width > 0 && width % 2 == 0 && weight.numel() == blocks * width * PAIRED_OUT,
+              "the weight is not laid out for ", width, " inputs and ", out_features, " outputs");
+  if (bias) {
+    check_rows(*bias, "bias", at::kBFloat16);
+    TORCH_CHECK(bias->numel() == out_features, "bias must have ", out_features, " values");
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor out = at::empty(shape, x.options());
+  const int64_t rows = x.numel() / width;
+  const bf16* added = bias ? data<bf16>(*bias) : nullptr;
+  const PairedArgs args{data<bf16>(x),   data<bf16>(weight), added,
+                        data<bf16>(out), width,              out_features};
+  const int64_t cells = std::max<int64_t>(1, rows * width * PAIRED_OUT);  // of a block
+  at::parallel_for(0, blocks, (CELLS_PER_THREAD + cells - 1) / cells,
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t block = begin; block < end; block++) {
+                       for (int64_t row = 0; row < rows; row += PAIRED_ROWS) {
+                         multiply(args, block, row, std::min(PAIRED_ROWS, rows - row));
+                       }
+                     }
+                   });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(tessera_cpu, library) {
+  library.def("paired_linear_pays(int variant) -> bool", &paired_linear_pays);
+  library.def(
+      "paired_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int variant) -> "
+      "Tensor");
+}
+
+TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) { library.impl("paired_linear", &paired_linear); }
+
+}  // namespace
+}  // namespace tessera
