@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 
 GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi README.md \
-  docker/METRICS.md docker/grafana/dashboards/tessera.json
+  docker/METRICS.md docker/grafana/dashboards/tessera.json $(wildcard docker/models/*.env)
 
 # `make run` serves the demo model, two shards on a CPU, at port 8000. Every setting is a variable:
 # `make run MODEL_ID=llava-hf/llava-v1.6-mistral-7b-hf NUM_SHARD=1 PORT=8080 DTYPE=bfloat16`.
@@ -93,9 +93,10 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 	  test "$$before" = "$$(cat $(GENERATED) | sha256sum)" \
 	  || { echo "generated files were not current; 'make proto docs' has written them"; exit 1; }
 
-docs:  ## write the tables of settings, clients and metrics, and Grafana's dashboard
+docs:  ## write the tables of settings, clients, metrics and models' needs, and Grafana's dashboard
 	@$(BIN)/python tests/contracts/readme.py
 	@$(BIN)/python tests/contracts/metrics_page.py
+	@$(BIN)/python tests/contracts/model_envs.py
 	@$(BIN)/python docker/grafana/dashboard.py
 
 format:  ## format and sort imports

@@ -47,6 +47,8 @@ class InfoReply(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     USED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     world_size: _builtins.int
     model_type: _builtins.str
@@ -65,6 +67,10 @@ class InfoReply(_message.Message):
     """now: tensors on an accelerator, the process on a CPU"""
     incarnation: _builtins.int
     """how often the shards had been started before"""
+    quantization: _builtins.str
+    """of the linear layers: "int4", "int8", "awq", "gptq"; empty: none"""
+    kv_cache_dtype: _builtins.str
+    """"bfloat16", "float8_e4m3fn", ..."""
     def __init__(
         self,
         *,
@@ -78,10 +84,12 @@ class InfoReply(_message.Message):
         vocab_size: _builtins.int = ...,
         used_memory_bytes: _builtins.int = ...,
         incarnation: _builtins.int = ...,
+        quantization: _builtins.str = ...,
+        kv_cache_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "model_type", b"model_type", "rank", b"rank", "used_memory_bytes", b"used_memory_bytes", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "kv_cache_dtype", b"kv_cache_dtype", "model_type", b"model_type", "quantization", b"quantization", "rank", b"rank", "used_memory_bytes", b"used_memory_bytes", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.router.event_stream import number_to_json, to_json
+from tessera.router.event_stream import number_to_json, text_to_json, to_json
 from tessera.router.openai_answers import (
     answer_tokens,
     finish_reason,
@@ -65,7 +65,7 @@ class ChatWriter:
     def _pieces(self, index: int, step: TokenEvent) -> list[str]:
         """The contents of deltas, as JSON."""
         if not self._parsers:
-            return [f'{{"content":{to_json(step.text)}}}'] if step.text else []
+            return [f'{{"content":{text_to_json(step.text)}}}'] if step.text else []
         deltas = self._parsers[index].feed(step.text)
         if step.completion is not None:
             deltas += self._parsers[index].finish()
@@ -105,4 +105,4 @@ def _entry_json(info: TokenInfo) -> str:
     """`_entry` as text, without its last brace."""
     logprob = number_to_json(json_logprob(info.logprob))
     utf8 = ",".join(map(str, info.text.encode() if info.utf8 is None else info.utf8))
-    return f'{{"token":{to_json(info.text)},"logprob":{logprob},"bytes":[{utf8}]'
+    return f'{{"token":{text_to_json(info.text)},"logprob":{logprob},"bytes":[{utf8}]'

@@ -77,9 +77,9 @@ class Core:
         self._scheduler: Scheduler | None = None
         self._in_flight: dict[int, InFlight] = {}
         self._answered_at = 0.0  # when the last step came back
-        self._masks = GuidanceMasks(shards, self._on_mask_failure)
         self._ids = count(1)
         self._wake = asyncio.Event()
+        self._masks = GuidanceMasks(shards, self._on_mask_failure, self._wake.set)
         self._queue_time = QueueTime(max_queue_time_s, clock)
         self._queue_timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -170,7 +170,7 @@ class Core:
     def suspend(self, error: ShardsLost) -> None:
         """The shards are gone and new ones are awaited, with which all goes on (`open`)."""
         logger.error("%s", error)
-        self._masks = GuidanceMasks(self._shards, self._on_mask_failure)
+        self._masks = GuidanceMasks(self._shards, self._on_mask_failure, self._wake.set)
         if self._scheduler is None or self._is_suspended:
             return
         self._is_suspended = True

@@ -81,7 +81,8 @@ class _Runs:
         if not piece:  # a row of the embedding without a token: decoders never see it
             return ""
         if isinstance(piece, str):
-            return self._shown(self._end_of_run() + piece)
+            is_in_run = self._held or self._is_broken
+            return self._shown(self._end_of_run() + piece if is_in_run else piece)
         self._held += piece
         return self._shown(self._complete_characters()) if len(self._held) >= self._limit else ""
 

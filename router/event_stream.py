@@ -3,9 +3,9 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from json.encoder import encode_basestring_ascii
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -17,9 +17,11 @@ KEEP_ALIVE_S = 15.0
 KEEP_ALIVE = b":\n\n"
 DONE = "data: [DONE]\n\n"
 
+DIRECT_SEND = "direct_send"
+"""The server's `send` in a request's state, for bodies: no layer in between looks at them."""
+
 # Made once: `json.dumps` makes one for every call.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
-DIRECT_SEND = "direct_send"
 _HEADERS = {
     "content-type": "text/event-stream",
     "cache-control": "no-cache",
@@ -37,6 +39,11 @@ def to_json(value: Any) -> str:
         ValueError: `value` holds a NaN or an infinity; pass those through `finite` first.
     """
     return _ENCODER.encode(value)
+
+
+def text_to_json(value: str) -> str:
+    """`to_json` of a text at half the cost."""
+    return encode_basestring_ascii(value)
 
 
 def number_to_json(value: float) -> str:
@@ -78,6 +85,18 @@ async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
         await _cancel(working, leaving)
 
 
+class TextSource(Protocol):
+    """What an `EventStream` sends."""
+
+    async def next(self) -> str:
+        """Wait for one or several events, those that are ready together; "" at the end."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything; `next` is not called again and no call of it is under way."""
+        ...
+
+
 class EventStream(Response):
     """Sends events as they come; whatever ends it, `on_end` is called exactly once.
 
@@ -88,12 +107,12 @@ class EventStream(Response):
 
     def __init__(
         self,
-        texts: AsyncGenerator[str, None],
+        texts: TextSource,
         on_end: Callable[[], None],
         headers: dict[str, str],
         keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
-        """`texts`: one or several events each; what is ready together is best written together."""
+        """Nothing is sent yet."""
         super().__init__(headers=headers | _HEADERS)
         # The base class has announced an empty body.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
@@ -120,6 +139,7 @@ class EventStream(Response):
         finally:
             self._on_end()
             await _cancel(*parts)
+            await self._texts.close()
 
     async def _send_events(self, scope: Scope, send: Send) -> None:
         headers = self.raw_headers
@@ -127,15 +147,14 @@ class EventStream(Response):
         send = scope.get("state", {}).get(DIRECT_SEND, send)
         self._is_sending = False
         clock = asyncio.get_running_loop().time
-        async with aclosing(self._texts) as texts:
-            async for text in texts:
-                self._is_sending = True
-                if self._commenting.locked():
-                    await self._commented()
-                body = text.encode("ascii")
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                self._last_sent = clock()
-                self._is_sending = False
+        while text := await self._texts.next():
+            self._is_sending = True
+            if self._commenting.locked():
+                await self._commented()
+            body = text.encode("ascii")
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._last_sent = clock()
+            self._is_sending = False
         self._is_sending = True  # for good
         await self._commented()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

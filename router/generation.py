@@ -22,6 +22,8 @@ class ServingLimits:
     num_shard: int = 1
     dtype: str = ""  # of the weights, as torch prints it without "torch."
     device: str = ""  # what a shard runs on, e.g. "cpu" or "nvidia-h200"
+    quantization: str = ""  # of linear layers: "int4", "int8", "awq", "gptq"; empty: none
+    cache_dtype: str = ""  # of keys and values
 
 
 class TokenStream(Protocol):

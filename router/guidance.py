@@ -4,25 +4,24 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-
-from llguidance import LLTokenizer
+from typing import TypeVar
 
 from tessera.router.errors import OverloadedError, ValidationError
+from tessera.router.fair_threads import FairThreads
 from tessera.router.grammar import Grammar
-from tessera.router.guidance_compile import (
-    GrammarError,
-    GrammarTimeout,
-    Guide,
-    Vocabulary,
-    compile_grammar,
-)
-from tessera.router.guidance_trial import WALL_FACTOR, Trial, TrialLost
+from tessera.router.guidance_compile import GrammarError, Guide, Vocabulary, compile_grammar
+from tessera.router.guidance_trial import WALL_FACTOR, Trial, TrialLost, Verdict
 
-NUM_COMPILERS = 2
-"""Grammars compiled at once: one that takes its full time does not keep the others waiting."""
+T = TypeVar("T")
+
+NUM_QUICK, NUM_SLOW = 2, 1
+QUICK_S = 0.5
+"""Every grammar is first given so much computation where nobody takes longer, and only then its
+full time, where all wait that need it: slow grammars delay each other, and no others."""
 
 MAX_KNOWN, MAX_KEPT_BYTES = 512, 256 * 2**20
 
@@ -30,36 +29,39 @@ SLOW_S, MAX_USES = 0.05, 16
 """Requests that follow one guide share its lexer, and the bound on what that may learn. So everyone
 gets a guide of their own, unless compiling takes longer than this; then so many share one."""
 
+SLOW_TOKEN_S = 0.002
+"""Guides that take longer for a token get their masks before their steps, which wait for none."""
+
 
 class GuideCompiler:
     """Compiles grammars for one tokenizer. Its methods are for the event loop's thread."""
 
     def __init__(self, vocabulary: Vocabulary, timeout_s: float, max_bytes: int) -> None:
-        """
+        """Reads the tokenizer, which holds up the event loop for a second if it is large.
+
         Args:
             timeout_s: seconds of computation one grammar may take.
             max_bytes: longest grammar, in UTF-8.
         """
-        self._vocabulary = vocabulary
-        self._timeout_s = timeout_s
+        self._mask_bytes = vocabulary.mask_bytes
+        self._tokenizer = vocabulary.load()
         self._max_bytes = max_bytes
-        self._threads = ThreadPoolExecutor(NUM_COMPILERS, "grammar")
-        self._trials: SimpleQueue[Trial] = SimpleQueue()
-        self._all_trials = [Trial(vocabulary, timeout_s) for _ in range(NUM_COMPILERS)]
-        for trial in self._all_trials:
-            self._trials.put(trial)
+        patience_s = 2 * WALL_FACTOR * timeout_s  # two grammars that are as slow as can be
+        self._quick = _Lane(NUM_QUICK, vocabulary, min(QUICK_S, timeout_s), patience_s)
+        self._slow = _Lane(NUM_SLOW, vocabulary, timeout_s, patience_s)
         self._lock = threading.Lock()  # of what follows
-        self._tokenizer: LLTokenizer | None = None
         self._known: OrderedDict[Grammar, _Passed | str] = OrderedDict()  # asked for last: last
 
     def close(self) -> None:
         """Stop threads and processes; who still waits is refused."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for trial in self._all_trials:
-            trial.close()
+        self._quick.close()
+        self._slow.close()
 
-    async def compile(self, grammar: Grammar) -> Guide:
+    async def compile(self, grammar: Grammar, owner: str = "") -> Guide:
         """The grammar, ready for use.
+
+        Args:
+            owner: whose turn it counts for where grammars wait for each other.
 
         Raises:
             ValidationError: it cannot be compiled, or not within the limits.
@@ -72,56 +74,55 @@ class GuideCompiler:
                 "(MAX_GRAMMAR_BYTES)",
                 "grammar",
             )
-        found = self._take(grammar) or await self._compiled(grammar)
+        found = self._take(grammar) or await self._compiled(grammar, owner)
         if isinstance(found, str):
             raise ValidationError(f"grammar is not valid: {found}", "grammar")
         return found
 
-    async def _compiled(self, grammar: Grammar) -> Guide | str:
-        loop = asyncio.get_running_loop()
-        # One grammar before this one and itself, both as slow as can be.
-        patience_s = 2 * WALL_FACTOR * self._timeout_s
+    async def _compiled(self, grammar: Grammar, owner: str) -> Guide | str:
         try:
-            async with asyncio.timeout(patience_s):
-                return await loop.run_in_executor(self._threads, self._compile, grammar)
+            found = await self._quick.run(owner, partial(self._compile, grammar, self._quick))
+            if found is None:
+                found = await self._slow.run(owner, partial(self._compile, grammar, self._slow))
         except (TimeoutError, TrialLost):
             raise OverloadedError(
                 "Model is overloaded: too many grammars are being compiled. Retry later."
             ) from None
+        assert found is not None  # the slow lane always has an answer
+        return found
 
-    def _compile(self, grammar: Grammar) -> Guide | str:
-        """A guide, or why there is none; in a thread."""
+    def _compile(self, grammar: Grammar, lane: "_Lane", trial: Trial) -> Guide | str | None:
+        """A guide, why there is none, or None: this lane has no time for it. In a thread."""
         if found := self._take(grammar):  # somebody else has been faster
             return found
-        try:
-            num_bytes = self._try(grammar)
-            started = time.thread_time()
-            matcher = compile_grammar(self._load(), grammar)
-            guide = Guide(matcher, self._vocabulary.mask_bytes)
-            is_slow = time.thread_time() - started > SLOW_S
-            self._keep(grammar, _Passed(num_bytes, guide if is_slow else None))
-            return guide
-        except GrammarError as error:
-            if not isinstance(error, GrammarTimeout):
-                self._keep(grammar, str(error))
-            return str(error)
-
-    def _try(self, grammar: Grammar) -> int:
-        """The bytes that compiling it takes, found out where it can do no harm."""
         with self._lock:
             known = self._known.get(grammar)
-        if isinstance(known, _Passed):
-            return known.num_bytes
-        trial = self._trials.get()
-        try:
-            return trial.check(grammar)
-        finally:
-            self._trials.put(trial)
+        passed = known if isinstance(known, _Passed) else None
+        if passed is None:
+            verdict = lane.try_(trial, grammar)
+            if verdict.timed_out and lane is self._quick:
+                return None
+            if verdict.error is not None:
+                if not verdict.may_change:
+                    self._keep(grammar, verdict.error)
+                return verdict.error
+            passed = _Passed(verdict.num_bytes, verdict.token_s > SLOW_TOKEN_S, lane is self._quick)
+        elif lane is self._quick and not passed.is_quick:
+            return None
+        return self._compile_passed(grammar, passed)
 
-    def _load(self) -> LLTokenizer:
-        with self._lock:
-            self._tokenizer = self._tokenizer or self._vocabulary.load()
-            return self._tokenizer
+    def _compile_passed(self, grammar: Grammar, passed: "_Passed") -> Guide | str:
+        started = time.thread_time()
+        try:
+            matcher = compile_grammar(self._tokenizer, grammar)
+        except GrammarError as error:
+            self._keep(grammar, str(error))
+            return str(error)
+        guide = Guide(matcher, self._mask_bytes, grammar.digest, passed.is_slow)
+        is_shared = time.thread_time() - started > SLOW_S
+        passed.share(guide if is_shared else None)
+        self._keep(grammar, passed)
+        return guide
 
     def _take(self, grammar: Grammar) -> Guide | str | None:
         """What need not be compiled: a guide that is not used up, or a refusal."""
@@ -146,13 +147,84 @@ class GuideCompiler:
         return sum(known.num_bytes for known in guides if known.guide is not None)
 
 
+class _Lane:
+    """Some threads that owners take turns in, each with a trial process."""
+
+    def __init__(
+        self, size: int, vocabulary: Vocabulary, timeout_s: float, patience_s: float
+    ) -> None:
+        """
+        Args:
+            timeout_s: seconds of computation one grammar may take here.
+            patience_s: seconds that one may wait for its turn.
+        """
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self.trials = [Trial(vocabulary) for _ in range(size)]
+        self._threads = FairThreads(size, "grammar")
+        self._free: SimpleQueue[Trial] = SimpleQueue()
+        for trial in self.trials:
+            self._free.put(trial)
+
+    def close(self) -> None:
+        self._threads.close()
+        for trial in self.trials:
+            trial.close()
+
+    async def run(self, owner: str, job: Callable[[Trial], T]) -> T:
+        """What `job` returns or raises, in a thread, once it is the owner's turn.
+
+        Raises:
+            TimeoutError: that did not come in time.
+        """
+        has_begun = False
+
+        def work() -> T:
+            nonlocal has_begun
+            has_begun = True
+            return self._with_trial(job)
+
+        running = asyncio.ensure_future(self._threads.run(owner, work))
+        try:
+            await asyncio.wait([running], timeout=self._patience_s)
+            if not running.done() and not has_begun:
+                raise TimeoutError
+            return await running
+        finally:
+            running.cancel()
+
+    def _with_trial(self, job: Callable[[Trial], T]) -> T:
+        trial = self._free.get()
+        try:
+            return job(trial)
+        finally:
+            self._free.put(trial)
+
+    def try_(self, trial: Trial, grammar: Grammar) -> Verdict:
+        """Try a grammar, once more if the process is lost, which is not the grammar's fault.
+
+        Raises:
+            TrialLost: twice.
+        """
+        try:
+            return trial.check(grammar, self._timeout_s)
+        except TrialLost:
+            return trial.check(grammar, self._timeout_s)
+
+
 @dataclass(eq=False, slots=True)
 class _Passed:
-    """A grammar that can be compiled."""
+    """A grammar that can be compiled and followed."""
 
     num_bytes: int
-    guide: Guide | None  # kept where it took long
-    num_uses: int = 1
+    is_slow: bool  # to follow
+    is_quick: bool  # to compile
+    guide: Guide | None = None  # kept where compiling took long
+    num_uses: int = 0
+
+    def share(self, guide: Guide | None) -> None:
+        """Begin to count who uses this guide."""
+        self.guide, self.num_uses = guide, 1
 
     def take(self) -> Guide | None:
         """The guide, unless enough requests have followed it."""

@@ -17,6 +17,12 @@ from tessera.router.grammar import Grammar, GrammarKind
 MAX_MESSAGE = 200
 MAX_QUOTED = 40
 
+MAX_LEXER_STATES = 40_000
+"""Of one guide: some 40 MB."""
+
+TRIAL_SHARE = 4
+"""What a grammar is tried with is so much less: its states are found bit by bit."""
+
 # Room for a line break and its indentation, or one space: a model can lay its answer out, but
 # cannot fill it with blanks for ever.
 _WHITESPACE = r"( |\n {0,32})?"
@@ -30,6 +36,17 @@ _JSON_OPTIONS = {
 }
 
 _SENTENCES = {  # by part of the library's own message, which speaks of what clients cannot change
+    " items; max is ": "it allows too much at the same place; use fewer optional properties in one "
+    "object (about 900 are possible), fewer alternatives, or rules with one reading",
+    "Too many items": "it allows too much at the same place; use fewer alternatives that begin "
+    "alike, or longer terminals",
+    "too many states": "its expressions have too many states (at most "
+    f"{MAX_LEXER_STATES // TRIAL_SHARE} when it is tried, {MAX_LEXER_STATES} in an answer); "
+    "shorten counted repetitions such as {1,1000}, or what stands before them",
+    "too many expressions": "its expressions are too complex; shorten counted repetitions such as "
+    "{1,1000}, do not nest them, and intersect less",
+    "lexer_fuel": "its expressions are too complex; split them, shorten counted repetitions such "
+    "as {1,1000}, and intersect less",
     "coerce_one_of": "`oneOf` needs alternatives of which only one can match, such as different "
     "types or a property with different constants; use `anyOf`",
     "not present in a registry": "`$ref` can only point into the schema itself",
@@ -40,10 +57,6 @@ _SENTENCES = {  # by part of the library's own message, which speaks of what cli
 
 class GrammarError(Exception):
     """The grammar cannot be used. The message is safe to show to a client."""
-
-
-class GrammarTimeout(GrammarError):
-    """It took too long on the clock, which a busy machine may be the reason of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +84,52 @@ class Guide:
 
     _matcher: LLMatcher  # stands before the first token, and always will
     mask_bytes: int  # of one mask: a bit per token id of the model, in whole 32-bit words
+    digest: str = ""  # of the grammar, for logs
+    is_slow: bool = False  # its masks take longer than a step should wait
 
     def start(self) -> LLMatcher:
         """A matcher of one's own; the tables its lexer builds are shared."""
         return self._matcher.deep_copy()
 
 
-def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+def compile_grammar(
+    tokenizer: LLTokenizer, grammar: Grammar, *, is_trial: bool = False
+) -> LLMatcher:
     """A matcher that stands before the first token.
+
+    Args:
+        is_trial: with less room than requests have, so that what passes leaves some to spare.
 
     Raises:
         GrammarError: the grammar is damaged, asks for something unknown, is too large, or allows no
             answer at all.
     """
+    limits = _limits(grammar.kind, TRIAL_SHARE if is_trial else 1)
     try:
-        matcher = LLMatcher(tokenizer, _definition(grammar), limits=_limits(), log_level=0)
+        matcher = LLMatcher(tokenizer, _definition(grammar), limits=limits, log_level=0)
     except (ValueError, TypeError, RecursionError) as error:
-        raise GrammarError(_described(str(error))) from None
+        raise GrammarError(described(str(error))) from None
     first = matcher.deep_copy()
     if not first.is_error():
         first.compute_bitmask()
     if first.is_error():
-        raise GrammarError(_described(first.get_error()))
+        raise GrammarError(described(first.get_error()))
     return matcher
 
 
-def _limits() -> LLParserLimits:
-    """Of one mask: some 20 ms; of one guide: some 40 MB of lexer states."""
-    return LLParserLimits(max_lexer_states=40_000, verbose_errors=False)
+def _limits(kind: GrammarKind, share: int) -> LLParserLimits:
+    """How far the library goes for one token, and for one guide.
+
+    An object's optional properties take four items of a row each. Schemas have many items that cost
+    little; in a grammar of rules that many come from ambiguity, whose cost grows with their square.
+    """
+    is_schema = kind in (GrammarKind.JSON_SCHEMA, GrammarKind.TOOLS)
+    return LLParserLimits(
+        max_items_in_row=4000 if is_schema else 1000,
+        step_max_items=400_000 if is_schema else 50_000,
+        max_lexer_states=MAX_LEXER_STATES // share,
+        verbose_errors=False,
+    )
 
 
 def _definition(grammar: Grammar) -> str:
@@ -111,7 +142,7 @@ def _definition(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_json_schema(grammar.source, overrides=options)
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(grammar.source)
-        case GrammarKind.LARK:
+        case GrammarKind.LARK | GrammarKind.TOOLS:
             return LLMatcher.grammar_from_lark(grammar.source)
         case GrammarKind.CHOICE:
             return LLMatcher.grammar_from_lark(_alternatives(grammar.source))
@@ -126,12 +157,11 @@ def _alternatives(source: str) -> str:
     return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
-def _described(message: str) -> str:
-    """What went wrong, without the grammar itself, which the library likes to quote."""
+def described(message: str) -> str:
+    """What the library says went wrong, without the grammar itself, which it likes to quote."""
+    if known := known_reason(message):
+        return known
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    for part, sentence in _SENTENCES.items():
-        if part in message:
-            return sentence
     reasons = [line for line in lines if line.startswith("error: ")]
     text = reasons[-1].removeprefix("error: ") if reasons else (lines or ["it cannot be read"])[0]
     text = text.split("; following special tokens")[0]
@@ -139,6 +169,11 @@ def _described(message: str) -> str:
     text = re.sub(rf'"[^"]{{{MAX_QUOTED},}}"?', '"..."', text)
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
+
+
+def known_reason(message: str) -> str | None:
+    """Our own sentence for what the library says, without a word of the grammar."""
+    return next((text for part, text in _SENTENCES.items() if part in message), None)
 
 
 def eos_of(eos_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:

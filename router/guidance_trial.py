@@ -1,11 +1,11 @@
-"""Compiles grammars of unknown intent in a process that may be lost.
+"""Compiles grammars of unknown intent in a process that may be lost, and follows them for a while.
 
 A grammar can be small and yet take minutes, gigabytes, or the whole stack of whoever compiles it.
 So each is first compiled by a fork of a process that has nothing but the tokenizer, within limits
 that the kernel keeps. What passes is harmless to compile again in the router.
 
-The process speaks JSON lines: first it is told the vocabulary and the limit, then each grammar is
-answered by a `_Reply`. It ends with its input.
+The process speaks JSON lines: first it is told the vocabulary, then each grammar is answered by a
+`Verdict`. It ends with its input.
 """
 
 import json
@@ -15,21 +15,22 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 
+import pydantic
 from llguidance import LLTokenizer
 
 from tessera.router.grammar import Grammar, GrammarKind
-from tessera.router.guidance_compile import (
-    GrammarError,
-    GrammarTimeout,
-    Vocabulary,
-    compile_grammar,
-)
+from tessera.router.guidance_compile import GrammarError, Vocabulary, compile_grammar
+from tessera.router.guidance_walk import Walker
 
 MEMORY_BYTES = 512 * 2**20
 STACK_BYTES = 2**20
 """Threads of the router have twice as much wherever it runs, so what passes here fits there."""
+
+NICENESS = 5
+"""On a busy machine it gets a third of what the router and the shards get."""
 
 WALL_FACTOR = 4
 """Seconds on the clock for each second of computation; on a busy machine one takes longer."""
@@ -37,107 +38,160 @@ WALL_FACTOR = 4
 START_S = 30.0
 """The first answer also waits for the process to read its tokenizer."""
 
-TOO_COMPLEX = "it takes too long or too much memory to compile; make it smaller or simpler"
+MAX_REPLY_BYTES = 64 * 1024
+
+TOO_LONG = "it takes too long to compile and to try (GRAMMAR_TIMEOUT); make it smaller or simpler"
+TOO_LARGE = "it takes too much memory to compile, or is nested too deep; make it smaller or simpler"
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
-    error: str | None  # a sentence that is safe to show
-    num_bytes: int  # of memory that compiling took
+class Verdict:
+    """What came of a grammar."""
+
+    error: str | None  # a sentence that is safe to show; None: it may be used
+    timed_out: bool = False
     may_change: bool = False  # the machine was slow, so perhaps not the grammar
+    num_bytes: int = 0  # of memory that compiling took
+    token_s: float = 0.0  # seconds of computation for each token of an answer
+
+
+_VERDICT = pydantic.TypeAdapter(Verdict)
 
 
 class TrialLost(Exception):
-    """The process is gone for a reason that is not the grammar's."""
+    """The process is gone, or speaks nonsense, for a reason that is not the grammar's."""
 
 
 class Trial:
     """One such process, started by the first grammar. One thread at a time may use it."""
 
-    def __init__(self, vocabulary: Vocabulary, timeout_s: float) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._timeout_s = timeout_s
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
 
-    def check(self, grammar: Grammar) -> int:
-        """Compile once; returns the bytes of memory that it took.
+    def check(self, grammar: Grammar, timeout_s: float) -> Verdict:
+        """Compile it once and follow it for a while.
+
+        Args:
+            timeout_s: seconds of computation that this may take.
 
         Raises:
-            GrammarError: it cannot be compiled within the limits, or at all.
-            GrammarTimeout: not within the time on the clock; another try may succeed.
-            TrialLost: try again.
+            TrialLost: try again, unless this is closed.
         """
+        if self._is_closed:
+            raise TrialLost
+        question = {"kind": grammar.kind.value, "source": grammar.source, "timeout_s": timeout_s}
         try:
             process = self._process = self._process or self._start()
-            reply = _ask(process, grammar, WALL_FACTOR * self._timeout_s + START_S)
-        except (OSError, ValueError):  # ended from outside, or it hangs
-            self.close()
-            raise TrialLost from None
-        if reply.error is not None:
-            raise GrammarTimeout(reply.error) if reply.may_change else GrammarError(reply.error)
-        return reply.num_bytes
+            _write(process, question)
+            line = _read_line(process, WALL_FACTOR * timeout_s + START_S)
+            return _VERDICT.validate_json(line, strict=True, extra="forbid")
+        except (OSError, ValueError) as error:  # ended from outside, it hangs, or what it says is
+            self._end()  # no verdict
+            raise TrialLost from error
 
     def close(self) -> None:
-        """End the process; a later `check` starts another."""
+        """End the process, for good."""
+        self._is_closed = True
+        self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
 
-    def _start(self) -> "subprocess.Popen[str]":
+    def _start(self) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # the library's own words for a grammar it gives up on
-            text=True,
+            bufsize=0,
         )
-        _write(process, {"timeout_s": self._timeout_s, **asdict(self._vocabulary)})
+        _write(process, asdict(self._vocabulary))
         return process
 
 
-def _ask(process: "subprocess.Popen[str]", grammar: Grammar, timeout_s: float) -> "_Reply":
-    assert process.stdout is not None
-    _write(process, {"kind": grammar.kind.value, "source": grammar.source})
-    if not select.select([process.stdout], [], [], timeout_s)[0]:
-        raise TimeoutError
-    return _Reply(**json.loads(process.stdout.readline()))
+def _write(process: "subprocess.Popen[bytes]", message: object) -> None:
+    """Send a line.
 
-
-def _write(process: "subprocess.Popen[str]", message: object) -> None:
+    Raises:
+        OSError: nobody reads it, perhaps not for long enough.
+    """
     assert process.stdin is not None
-    process.stdin.write(json.dumps(message) + "\n")
-    process.stdin.flush()
+    line = memoryview(json.dumps(message).encode() + b"\n")
+    while line:
+        if not select.select([], [process.stdin], [], START_S)[1]:
+            raise TimeoutError
+        line = line[os.write(process.stdin.fileno(), line[: select.PIPE_BUF]) :]
+
+
+def _read_line(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
+    """One line of what it says.
+
+    Raises:
+        OSError: it does not come in time, or not at all, or has no end.
+    """
+    assert process.stdout is not None
+    deadline, line = time.monotonic() + timeout_s, b""
+    while not line.endswith(b"\n"):
+        left_s = max(0.0, deadline - time.monotonic())
+        if len(line) > MAX_REPLY_BYTES or not select.select([process.stdout], [], [], left_s)[0]:
+            raise TimeoutError
+        more = os.read(process.stdout.fileno(), MAX_REPLY_BYTES)
+        if not more:
+            raise ConnectionResetError
+        line += more
+    return line
 
 
 def main() -> None:
     """Answer grammars until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router ends this process by its input
-    start = json.loads(sys.stdin.readline())
-    timeout_s = start.pop("timeout_s")
-    tokenizer = Vocabulary(**start).load()
+    os.nice(NICENESS)
+    vocabulary = Vocabulary(**json.loads(sys.stdin.readline()))
+    tokenizer = vocabulary.load()
+    walker = Walker.of(tokenizer, tuple(vocabulary.eos_ids))
     for line in sys.stdin:
         child = os.fork()
         if not child:
-            _answer(tokenizer, json.loads(line), timeout_s)
-        if status := os.waitpid(child, 0)[1]:
-            _reply(_Reply(TOO_COMPLEX, 0, may_change=os.WTERMSIG(status) == signal.SIGALRM))
+            _answer(tokenizer, walker, json.loads(line))
+        status = os.waitpid(child, 0)[1]
+        if status:
+            _reply(_died_of(os.WTERMSIG(status)))
 
 
-def _answer(tokenizer: LLTokenizer, message: dict[str, str], timeout_s: float) -> None:
-    """Compile within the limits, reply, and end this process; a limit that is reached kills it."""
+def _died_of(number: int) -> Verdict:
+    """What the signal that ended a fork tells; 0: it found no memory, or the library panicked."""
+    if number in (signal.SIGPROF, signal.SIGALRM):
+        return Verdict(TOO_LONG, timed_out=True, may_change=number == signal.SIGALRM)
+    return Verdict(TOO_LARGE)
+
+
+def _answer(tokenizer: LLTokenizer, walker: Walker, message: dict[str, str]) -> None:
+    """Try a grammar within the limits, reply, and end this process; a limit reached kills it."""
+    try:
+        grammar = Grammar(GrammarKind(message["kind"]), message["source"])
+        verdict = _judge(tokenizer, walker, grammar, float(message["timeout_s"]))
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)  # from here on this process has the only say
+        _reply(verdict)
+        os._exit(0)
+    finally:
+        os._exit(1)  # no memory, or a panic of the library
+
+
+def _judge(tokenizer: LLTokenizer, walker: Walker, grammar: Grammar, timeout_s: float) -> Verdict:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _limit(timeout_s)
-    error = None
     try:
-        compile_grammar(tokenizer, Grammar(GrammarKind(message["kind"]), message["source"]))
+        matcher = compile_grammar(tokenizer, grammar, is_trial=True)
+        num_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        return Verdict(None, num_bytes=num_bytes, token_s=walker.walk(matcher))
     except GrammarError as reason:
-        error = str(reason)
-    except BaseException:
-        os._exit(1)  # a panic of the library
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _reply(_Reply(error, (after - before) * 1024))
-    os._exit(0)
+        return Verdict(error=str(reason))
 
 
 def _limit(timeout_s: float) -> None:
@@ -150,8 +204,8 @@ def _limit(timeout_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _reply(reply: _Reply) -> None:
-    os.write(1, (json.dumps(asdict(reply)) + "\n").encode())
+def _reply(verdict: Verdict) -> None:
+    os.write(1, (json.dumps(asdict(verdict)) + "\n").encode())
 
 
 if __name__ == "__main__":

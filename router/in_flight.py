@@ -119,17 +119,17 @@ class InFlight:
             self._metrics.next_token(now - progress.last_token_at)
         progress.last_token_at = now
         progress.generated_tokens = self.sequence.num_generated
-        step = self._output.add(token.token_id)
-        text, completion = step.text, None
-        reason = self._finish_reason(token.token_id, step.stopped)
+        token_id = token.token_id
+        token_text, text, is_stopped = self._output.add(token_id)
+        completion = None
+        reason = self._finish_reason(token_id, is_stopped)
         if reason is not None:
             progress.finish_reason = reason
             text += self._output.finish()
             completion = self._completion(reason, now)
-        is_special = self._tokenizer.is_special(token.token_id)
-        utf8 = self._tokenizer.token_utf8(token.token_id)
-        info = TokenInfo(token.token_id, step.token_text, token.logprob, is_special, utf8)
-        top = self._infos(token.top_tokens)
+        _, is_special, utf8 = self._tokenizer.describe(token_id)
+        info = TokenInfo(token_id, token_text, token.logprob, is_special, utf8)
+        top = self._infos(token.top_tokens) if token.top_tokens else ()
         self.stream.push(TokenEvent(info, text, top, completion))
         return completion is not None
 
@@ -139,7 +139,7 @@ class InFlight:
             return FinishReason.STOP
         if token_id in self._eos_ids and not stopping.ignore_eos:
             return FinishReason.EOS
-        if self.sequence.num_generated >= stopping.max_new_tokens:
+        if self._progress.generated_tokens >= stopping.max_new_tokens:
             return FinishReason.LENGTH
         return None
 
@@ -170,11 +170,5 @@ class InFlight:
         return tuple(self._info(entry.token_id, entry.logprob) for entry in entries)
 
     def _info(self, token_id: int, logprob: float) -> TokenInfo:
-        tokenizer = self._tokenizer
-        return TokenInfo(
-            token_id,
-            tokenizer.token_text(token_id),
-            logprob,
-            tokenizer.is_special(token_id),
-            tokenizer.token_utf8(token_id),
-        )
+        text, is_special, utf8 = self._tokenizer.describe(token_id)
+        return TokenInfo(token_id, text, logprob, is_special, utf8)

@@ -120,6 +120,8 @@ def serving_limits(
         num_shard=info.world_size,
         dtype=info.dtype,
         device=info.device,
+        quantization=info.quantization,
+        cache_dtype=info.cache_dtype,
     )
 
 

@@ -1,8 +1,7 @@
 """text-generation-inference's own routes."""
 
-import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
@@ -19,21 +18,21 @@ from tessera.router.native_bodies import GenerateBody, GenerateParameters
 from tessera.router.native_replies import (
     ChatTokenizeReply,
     GenerateReply,
+    StreamEvent,
     generate_reply,
     plain_event,
     span_replies,
     stream_event,
 )
 from tessera.router.picture_tasks import PictureTask, read_root_body
-from tessera.router.replies import InternalError, Json, error_reply, native_error
+from tessera.router.replies import Json, error_reply, native_error
+from tessera.router.request import TokenEvent
 from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Reading, collect_all
+from tessera.router.token_streams import EventTexts, Reading, collect_all
 from tessera.router.validation import Plan, Validator
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +169,10 @@ class NativeApi:
         reading = Reading(generations)
         await unless_client_leaves(request, reading.start())
         ticket.keep()
+        wants_full = _wants_full_text(body.options, full_text)
+        writer = _StreamWriter(generations[0], body.options, wants_full=wants_full)
         return EventStream(
-            _stream_events(reading, generations[0], body.options, full_text, ticket),
+            EventTexts(reading, writer, ticket),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )
@@ -181,31 +182,33 @@ def _wants_full_text(options: GenerateParameters, default: bool) -> bool:
     return default if options.return_full_text is None else options.return_full_text
 
 
-async def _stream_events(
-    reading: Reading,
-    generation: Generation,
-    options: GenerateParameters,
-    full_text: bool,
-    ticket: Ticket,
-) -> AsyncGenerator[str, None]:
-    """The text of the events; a failure is told as the last one."""
-    wants_full = _wants_full_text(options, full_text)
-    wants_top = bool(options.top_n_tokens)
-    index = 0
-    try:
-        async for _, steps in reading:
-            text = ""
-            for step in steps:
-                index += 1
-                if step.completion is None:
-                    text += json_event(plain_event(index, step, wants_top=wants_top))
-                else:
-                    text += event(stream_event(index, step, generation, options, wants_full))
-            yield text
-    except RouterError as error:
-        ticket.failed(error)
-        yield event(native_error(error))
-    except Exception as error:
-        logger.exception("a stream failed")
-        ticket.failed(error)
-        yield event(native_error(InternalError()))
+class _StreamWriter:
+    """Implements `token_streams.EventWriter` for /generate_stream."""
+
+    def __init__(
+        self, generation: Generation, options: GenerateParameters, *, wants_full: bool
+    ) -> None:
+        self._generation = generation
+        self._options = options
+        self._wants_full = wants_full
+        self._wants_top = bool(options.top_n_tokens)
+        self._index = 0
+
+    def write(self, _: int, steps: Sequence[TokenEvent]) -> str:
+        text = ""
+        for step in steps:
+            self._index += 1
+            if step.completion is None:
+                text += json_event(plain_event(self._index, step, wants_top=self._wants_top))
+            else:
+                text += event(self._last(step))
+        return text
+
+    def end(self) -> str:
+        return ""
+
+    def failure(self, error: RouterError) -> str:
+        return event(native_error(error))
+
+    def _last(self, step: TokenEvent) -> StreamEvent:
+        return stream_event(self._index, step, self._generation, self._options, self._wants_full)

@@ -8,7 +8,7 @@ from typing import NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from tessera.router.event_stream import finite, number_to_json, to_json
+from tessera.router.event_stream import finite, number_to_json, text_to_json
 from tessera.router.native_bodies import GenerateParameters
 from tessera.router.notices import warnings_of
 from tessera.router.request import Completion, TokenEvent, TokenInfo
@@ -221,7 +221,7 @@ def _token(info: TokenInfo) -> Token:
 def _token_json(info: TokenInfo) -> str:
     """`_token` as text."""
     special = "true" if info.special else "false"
-    text, logprob = to_json(info.text), number_to_json(info.logprob)
+    text, logprob = text_to_json(info.text), number_to_json(info.logprob)
     return f'{{"id":{info.id},"text":{text},"logprob":{logprob},"special":{special}}}'
 
 

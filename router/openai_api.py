@@ -18,14 +18,14 @@ from tessera.router.fairness import fairness_key
 from tessera.router.generation import Generator
 from tessera.router.json_body import read_body
 from tessera.router.notices import warnings_field
-from tessera.router.openai_stream import ChoiceWriter, Chunks, chunk_events
+from tessera.router.openai_stream import ChoiceWriter, ChunkWriter
 from tessera.router.openai_usage import usage
 from tessera.router.replies import Json
 from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, Reading, collect_all
+from tessera.router.token_streams import Collected, EventTexts, Reading, collect_all
 from tessera.router.validation import Plan, Validator
 
 
@@ -143,9 +143,9 @@ class OpenAIApi:
         reading = Reading(generations)
         await unless_client_leaves(request, reading.start())
         ticket.keep()
-        chunks = Chunks(envelope, wants_usage=body.wants_usage_chunk)
+        chunks = ChunkWriter(generations, writer, envelope, body)
         return EventStream(
-            chunk_events(reading, generations, ticket, writer, chunks, body),
+            EventTexts(reading, chunks, ticket),
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )

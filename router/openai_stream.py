@@ -3,21 +3,17 @@
 All chunks of a stream share everything but their choice, so that part is written once.
 """
 
-import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tessera.router.errors import RouterError
 from tessera.router.event_stream import DONE, event, to_json
 from tessera.router.notices import warnings_field
 from tessera.router.openai_usage import usage
-from tessera.router.replies import InternalError, openai_error
-from tessera.router.request import TokenEvent
+from tessera.router.replies import openai_error
+from tessera.router.request import Completion, TokenEvent
 from tessera.router.schemas import OpenAIBody
-from tessera.router.ticket import Generation, Ticket
-from tessera.router.token_streams import Reading
-
-logger = logging.getLogger(__name__)
+from tessera.router.ticket import Generation
 
 
 class ChoiceWriter(Protocol):
@@ -50,39 +46,51 @@ class Chunks:
         return event(self._envelope | {"choices": [], "usage": counts} | extra)
 
 
-async def chunk_events(
-    reading: Reading,
-    generations: Sequence[Generation],
-    ticket: Ticket,
-    writer: ChoiceWriter,
-    chunks: Chunks,
-    body: OpenAIBody,
-) -> AsyncGenerator[str, None]:
-    """The text of the events. Always ends with [DONE], after a failure too, as clients expect."""
-    completions = []
-    try:
-        async for index, steps in reading:
-            text = ""
-            for step in steps:
-                choices = writer.choices(index, step)
-                if step.completion is not None:
-                    completions.append(step.completion)
-                if len(completions) < len(generations) or body.wants_usage_chunk:
-                    text += "".join(map(chunks.one, choices))
-                else:
-                    *choices, last = choices
-                    warnings = warnings_field(generations)
-                    text += "".join(map(chunks.one, choices)) + chunks.one(last, warnings)
-            if text:
-                yield text
-        if body.wants_usage_chunk:
-            counts = usage(generations, completions, body)
-            yield chunks.usage(counts, warnings_field(generations))
-    except RouterError as error:
-        ticket.failed(error)
-        yield event(openai_error(error))
-    except Exception as error:
-        logger.exception("a stream failed")
-        ticket.failed(error)
-        yield event(openai_error(InternalError()))
-    yield DONE
+class ChunkWriter:
+    """Implements `token_streams.EventWriter`. Always ends with [DONE], as clients expect."""
+
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        writer: ChoiceWriter,
+        envelope: dict[str, Any],
+        body: OpenAIBody,
+    ) -> None:
+        """`envelope`: see `Chunks`."""
+        self._generations = generations
+        self._writer = writer
+        self._body = body
+        self._chunks = Chunks(envelope, wants_usage=body.wants_usage_chunk)
+        self._completions: list[Completion] = []
+
+    def write(self, index: int, steps: Sequence[TokenEvent]) -> str:
+        """See `EventWriter`."""
+        text = ""
+        for step in steps:
+            choices = self._writer.choices(index, step)
+            if step.completion is not None:
+                self._completions.append(step.completion)
+                text += self._last(choices)
+            else:
+                text += "".join(map(self._chunks.one, choices))
+        return text
+
+    def end(self) -> str:
+        """The usage, if it was asked for."""
+        if not self._body.wants_usage_chunk:
+            return DONE
+        counts = usage(self._generations, self._completions, self._body)
+        return self._chunks.usage(counts, warnings_field(self._generations)) + DONE
+
+    def failure(self, error: RouterError) -> str:
+        """See `EventWriter`."""
+        return event(openai_error(error)) + DONE
+
+    def _last(self, choices: Sequence[str]) -> str:
+        """The last chunks of a generation; the very last one of a stream has the warnings."""
+        is_end = len(self._completions) == len(self._generations)
+        if not is_end or self._body.wants_usage_chunk:
+            return "".join(map(self._chunks.one, choices))
+        *choices, last = choices
+        warnings = warnings_field(self._generations)
+        return "".join(map(self._chunks.one, choices)) + self._chunks.one(last, warnings)

@@ -1,6 +1,6 @@
 """From generated ids to the text a client may see: detokenised, stop strings honoured."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tessera.router.detokenizer import IncrementalDetokenizer
 from tessera.router.request import Request
@@ -8,8 +8,7 @@ from tessera.router.stop import StopMatcher
 from tessera.router.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class OutputStep:
+class OutputStep(NamedTuple):
     """What one token added."""
 
     token_text: str  # of the token itself, specials kept

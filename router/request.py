@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tessera.router.grammar import Grammar
 from tessera.router.guidance_compile import Guide
@@ -88,8 +89,7 @@ class FinishReason(enum.Enum):
     STOP = "stop_sequence"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenInfo:
+class TokenInfo(NamedTuple):  # made for every token: a frozen dataclass takes three times as long
     """One token as clients see it."""
 
     id: int
@@ -130,8 +130,7 @@ class Completion:
     timings: Timings
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One step forward of one request."""
 
     token: TokenInfo

@@ -213,8 +213,8 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.is_prefilling:  # or preempted a moment ago, to make room
                 continue
-            if sequence.is_exhausted:
-                continue  # its last tokens are on their way
+            if sequence.is_exhausted or sequence.awaits_mask:
+                continue  # its last tokens, or what may follow them, are on their way
             if len(plan.decodes) >= budget:
                 break
             new_blocks = self._grow(sequence, plan)

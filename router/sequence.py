@@ -30,6 +30,7 @@ class Sequence:
     was_admitted: bool = False
     has_borrowed: bool = False  # blocks that it did not compute since it was last let in
     is_apart: bool = False  # neither takes blocks from others nor leaves any
+    awaits_mask: bool = False  # it is not decoded before its mask is known (`guidance_masks`)
     num_losses: int = 0  # shards that were lost while they computed it
 
     def __post_init__(self) -> None:

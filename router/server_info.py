@@ -35,6 +35,8 @@ class Info(TypedDict):
     max_waiting_tokens: int
     max_batch_size: int | None
     num_shard: int | None
+    quantize: str | None  # int8, int4, awq or gptq
+    kv_cache_dtype: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,8 @@ class ServerInfo:
             "max_waiting_tokens": settings.max_waiting_tokens,
             "max_batch_size": limits.max_batch_size if limits else None,
             "num_shard": limits.num_shard if limits else None,
+            "quantize": limits.quantization or None if limits else None,
+            "kv_cache_dtype": limits.cache_dtype or None if limits else None,
         }
 
 

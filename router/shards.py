@@ -47,6 +47,8 @@ class ShardsInfo:
     block_size: int
     vocab_size: int
     world_size: int
+    quantization: str = ""  # see `ServingLimits`
+    cache_dtype: str = ""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,8 @@ class ShardGroup:
             first.block_size,
             first.vocab_size,
             first.world_size,
+            first.quantization,
+            first.kv_cache_dtype,
         )
 
     async def warm_up(self, request: shard_pb2.WarmupRequest) -> int:

@@ -1,11 +1,17 @@
 """Reading one or several generations: to the end, or event by event as they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+import logging
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from tessera.router.errors import RouterError
+from tessera.router.replies import InternalError
 from tessera.router.request import Completion, TokenEvent, TokenInfo
-from tessera.router.ticket import Generation
+from tessera.router.ticket import Generation, Ticket
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[int, list[TokenEvent]]
 """The index of a generation, and events of it that came together."""
@@ -51,15 +57,100 @@ async def collect_all(generations: Sequence[Generation]) -> list[Collected]:
             task.cancel()
 
 
-async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None]:
-    """The events of several generations, in the order they come. Raises the first failure."""
-    if len(generations) == 1:  # the usual case needs no tasks
-        is_over = False
-        while not is_over:
-            events = await generations[0].next_events()
-            is_over = events[-1].completion is not None
-            yield 0, events
-        return
+class Reading:
+    """The events of several generations, in the order they come."""
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        """Nothing is read yet. `generations`: at least one."""
+        self._single = generations[0] if len(generations) == 1 else None  # it needs no tasks
+        self._merged = _merge(generations)
+        self._first: Batch | None = None
+        self._is_over = False
+
+    async def start(self) -> None:
+        """Wait for the first events, so that a failure before them can still be a status.
+
+        Raises:
+            RouterError: a generation failed before its first token.
+        """
+        self._first = await self.next()
+
+    async def next(self) -> Batch | None:
+        """Wait for more events; None behind the last one.
+
+        Raises:
+            RouterError: a generation failed, and its events before that have been read.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        if self._single is None:
+            return await anext(self._merged, None)
+        if self._is_over:
+            return None
+        events = await self._single.next_events()
+        self._is_over = events[-1].completion is not None
+        return 0, events
+
+    async def close(self) -> None:
+        """Read no more, after any call of `next` has ended."""
+        await self._merged.aclose()
+
+
+class EventWriter(Protocol):
+    """Turns the events of one kind of stream into the text of server-sent events."""
+
+    def write(self, index: int, steps: Sequence[TokenEvent]) -> str:
+        """What a batch of generation `index` becomes; "" if there is nothing to say yet."""
+        ...
+
+    def end(self) -> str:
+        """What comes behind the last of all generations; often ""."""
+        ...
+
+    def failure(self, error: RouterError) -> str:
+        """What comes instead of the rest, `end` included, of a stream that fails."""
+        ...
+
+
+class EventTexts:
+    """Implements `event_stream.TextSource`: what is read, as it is written; a failure ends it."""
+
+    def __init__(self, reading: Reading, writer: EventWriter, ticket: Ticket) -> None:
+        """`ticket`: is told of a failure."""
+        self._reading = reading
+        self._writer = writer
+        self._ticket = ticket
+        self._is_over = False
+
+    async def next(self) -> str:
+        """Wait for the text of one or several events, those that came together; "" at the end."""
+        text = ""
+        while not text and not self._is_over:
+            try:
+                batch = await self._reading.next()
+                if batch is None:
+                    self._is_over = True
+                    return self._writer.end()
+                text = self._writer.write(*batch)
+            except RouterError as error:
+                text = self._failure(error)
+            except Exception:
+                logger.exception("a stream failed")
+                text = self._failure(InternalError())
+        return text
+
+    async def close(self) -> None:
+        """Read no more, after any call of `next` has ended."""
+        await self._reading.close()
+
+    def _failure(self, error: RouterError) -> str:
+        self._is_over = True
+        self._ticket.failed(error)
+        return self._writer.failure(error)
+
+
+async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None]:
     pending = {
         asyncio.ensure_future(generation.next_events()): index
         for index, generation in enumerate(generations)
@@ -83,32 +174,3 @@ def _forget(task: "asyncio.Future[list[TokenEvent]]") -> None:
     """Take note of how a task ended, which asyncio would otherwise complain about."""
     if not task.cancelled():
         task.exception()
-
-
-class Reading:
-    """Generations event by event, in the order the events come."""
-
-    def __init__(self, generations: Sequence[Generation]) -> None:
-        self._batches = merge(generations)
-        self._first: Batch | None = None
-
-    async def start(self) -> None:
-        """Wait for the first events, so that a failure before them can still be a status.
-
-        Raises:
-            RouterError: a generation failed before its first token.
-        """
-        self._first = await anext(self._batches)
-
-    def __aiter__(self) -> "Reading":
-        return self
-
-    def __anext__(self) -> Awaitable[Batch]:
-        if self._first is None:
-            return anext(self._batches)
-        first, self._first = self._first, None
-        return _known(first)
-
-
-async def _known(batch: Batch) -> Batch:
-    return batch

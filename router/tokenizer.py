@@ -21,7 +21,7 @@ from tessera.router.request import PlacedImage, PreparedImage
 
 
 class Tokenizer:
-    """The tokenizer.json of one model. Thread-safe: nothing changes after construction."""
+    """The tokenizer.json of one model. Thread-safe: only what is remembered of it grows."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._pieces = Pieces(self._token_names(), piece_kind(definition.get("decoder")))
+        self._described: dict[int, tuple[str, bool, bytes | None]] = {}  # by token id
 
     @classmethod
     def from_folder(cls, folder: Path, config_path: Path | None = None) -> "Tokenizer":
@@ -223,6 +224,14 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether a token is left out of texts for readers."""
         return token_id in self._special_ids
+
+    def describe(self, token_id: int) -> tuple[str, bool, bytes | None]:
+        """`token_text`, `is_special` and `token_utf8`, made once for each token."""
+        found = self._described.get(token_id)
+        if found is None:
+            found = self.token_text(token_id), self.is_special(token_id), self.token_utf8(token_id)
+            self._described[token_id] = found
+        return found
 
     def check_vocab_size(self, rows: int) -> None:
         """Compare with the rows of the model's embedding.

@@ -39,7 +39,7 @@ def tool_grammar(use: ToolUse, format: ToolFormat, answer: Grammar | None = None
         lines.append(f"answer: %json {_quoted(schema)}")
         lines.append(f"start: answer | {_first(format)} calls")
     lines += _calls(use, format)
-    return Grammar(GrammarKind.LARK, "\n".join(lines) + "\n")
+    return Grammar(GrammarKind.TOOLS, "\n".join(lines) + "\n")
 
 
 def _text_or_calls(use: ToolUse, format: ToolFormat) -> list[str]:

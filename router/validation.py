@@ -76,17 +76,19 @@ class Validator:
         self._generator = generator
         self._vocab_size = files.vocab_size
         self._prompts = PromptBuilder(settings, tokenizer, files, template, metrics.pictures)
-        vocabulary = Vocabulary(
-            tokenizer.definition(), files.vocab_size, eos_of(tokenizer.eos_ids, files.vocab_size)
-        )
-        self._guides = GuideCompiler(
-            vocabulary, settings.grammar_timeout, settings.max_grammar_bytes
-        )
+        self._eos_ids = eos_of(tokenizer.eos_ids, files.vocab_size)
+        self._guides: GuideCompiler | None = None
+        if not settings.disable_grammar_support:
+            vocabulary = Vocabulary(tokenizer.definition(), files.vocab_size, self._eos_ids)
+            self._guides = GuideCompiler(
+                vocabulary, settings.grammar_timeout, settings.max_grammar_bytes
+            )
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._prompts.close()
-        self._guides.close()
+        if self._guides is not None:
+            self._guides.close()
 
     def plan_native(self, body: GenerateBody, *, streaming: bool) -> Plan:
         """Check a body of the native API.
@@ -171,7 +173,7 @@ class Validator:
         self, plan: Plan, arrived: float, fairness_key: str, stages: Stages
     ) -> list[Request]:
         limits = self._generator.limits
-        guide = await self._guide(plan, stages)
+        guide = await self._guide(plan, fairness_key, stages)
         requests: list[Request] = []
         allowance = PictureAllowance(self._settings, stages)
         for source in plan.prompts:
@@ -227,14 +229,14 @@ class Validator:
         maximum = self._generator.limits.max_input_tokens
         return await self._prompts.tokenize(prompt, maximum, PictureAllowance(self._settings))
 
-    async def _guide(self, plan: Plan, stages: Stages) -> Guide | None:
+    async def _guide(self, plan: Plan, fairness_key: str, stages: Stages) -> Guide | None:
         if plan.grammar is None:
             return None
-        if self._settings.disable_grammar_support:
+        if self._guides is None:
             raise ValidationError("grammar is not supported", "grammar")
         try:
             with stages.measured("compile grammar"):
-                return await self._guides.compile(plan.grammar)
+                return await self._guides.compile(plan.grammar, fairness_key)
         except ValidationError as error:
             if plan.calls is None:
                 raise

@@ -33,7 +33,7 @@ from tessera.shard.quantized import GROUP, can_quantize
 
 OVERHEAD_BITS = 32 / GROUP  # of a quantised weight: scale and zero point of its group
 SAMPLING_COPIES = 6  # of float32 logits: filtered, sorted, summed up
-PIXEL_BYTES = 3 * (4 + 4)  # of one position: its place in the table, and the value from there
+PIXEL_BYTES = 3 * 3 * 4  # of three channels: a value, its place in the table and what stands there
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _widest(model: Layer, *, tower: bool) -> int:
 
 
 def _vision_tile(model: Layer, config: Mapping[str, Any], size: int) -> int:
-    """A residual stream and its norm, the widest product before and after its activation."""
+    """Pixels; later a residual stream, its norm, and the widest product with its activation."""
     layout = layout_from_config(config)
     if layout is None:
         return 0
@@ -157,7 +157,7 @@ def _vision_tile(model: Layer, config: Mapping[str, Any], size: int) -> int:
         if parameter.sources[0].name.startswith(TOWER) and len(parameter.shape) == 2
     ]
     hidden = patches * (2 * max(inputs) + 2 * _widest(model, tower=True)) * size
-    return hidden + layout.tile**2 * PIXEL_BYTES
+    return max(hidden, layout.tile**2 * PIXEL_BYTES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

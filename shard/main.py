@@ -22,7 +22,12 @@ from tessera.proto.process import begin
 from tessera.shard.backends import load_backend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import ShardError
-from tessera.shard.models import load_model, resolve_cache_dtype, resolve_dtype
+from tessera.shard.models import (
+    load_model,
+    quantized_as,
+    resolve_cache_dtype,
+    resolve_dtype,
+)
 from tessera.shard.models.base import Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
@@ -96,6 +101,8 @@ def _load(settings: ShardSettings) -> tuple[Engine, shard_pb2.InfoReply, ImageLa
         block_size=settings.block_size,
         vocab_size=model.vocab_size,
         incarnation=settings.incarnation,
+        quantization=quantized_as(config, placement.quantization),
+        kv_cache_dtype=str(engine.cache_shape.dtype).removeprefix("torch."),
     )
     return engine, info, layout_from_config(config)
 

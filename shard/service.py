@@ -11,6 +11,7 @@ import grpc
 from tessera.proto import shard_pb2, shard_pb2_grpc
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
+from tessera.shard.pipeline import Pipeline, StepQueue
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,11 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     ) -> AsyncIterator[shard_pb2.StepReply]:
         """Run steps in order until the router closes the stream."""
         loop = asyncio.get_running_loop()
-        next_step_id = 0
-        steps: asyncio.Queue[shard_pb2.Step | None] = asyncio.Queue()
+        steps: StepQueue = asyncio.Queue()
         reading = asyncio.create_task(self._read(request_iterator, steps))
         try:
-            while (step := await steps.get()) is not None:
-                if step.step_id != next_step_id:
-                    raise DivergenceError(f"got step {step.step_id}, expected {next_step_id}")
-                next_step_id += 1
-                yield await loop.run_in_executor(self._device_thread, self._engine.run, step)
+            async for reply in Pipeline(self._engine, self._device_thread).replies(steps):
+                yield reply
         except DivergenceError as error:
             logger.error("router and shard have diverged: %s", error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -80,7 +77,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     async def _read(
         self,
         messages: AsyncIterator[shard_pb2.StepMessage],
-        steps: "asyncio.Queue[shard_pb2.Step | None]",
+        steps: StepQueue,
     ) -> None:
         """Sort what comes while steps run: masks belong to one that may be waiting for them."""
         try:

@@ -18,7 +18,7 @@ from tessera.shard.models import load_model, resolve_dtype
 from tessera.shard.models.base import Model, Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
-from tessera.shard.sampler import sample
+from tessera.shard.sampler import choose
 
 Clock = Callable[[], float]
 
@@ -100,7 +100,7 @@ class Shard:
         """
         sent = step.SerializeToString()
         self._watch.total_s = 0.0
-        with patch.object(token_choice, "sample", self._watch.timed(sample)):
+        with patch.object(token_choice, "choose", self._watch.timed(choose)):
             wall, start = time.perf_counter(), self.limits.clock()
             reply = self.engine.run(shard_pb2.Step.FromString(sent))
             reply.SerializeToString()

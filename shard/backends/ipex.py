@@ -104,14 +104,12 @@ class IpexBackend(FusedAttentionBackend):
         """See `Backend.rotate_and_store`."""
         _, num_kv_heads, _, head_size = cache.k_BKPH.shape
         heads_TXH = qkv_TF.reshape(qkv_TF.shape[0], -1, head_size)  # X = N + 2K
-        q_TNH, k_TKH, v_TKH = heads_TXH.split(
-            [heads_TXH.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1
-        )
+        sizes = [heads_TXH.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
+        q_TNH, k_TKH, v_TKH = torch.split(heads_TXH, sizes, dim=1)
         cos_T1h, sin_T1h = self._angles(cos_sin_LH[layout.positions_T], q_TNH.dtype)
         q_TNH, k_TKH = (x.clone(memory_format=torch.contiguous_format) for x in (q_TNH, k_TKH))
-        q_TNH, k_TKH = self._functions.rotary_embedding(
-            q_TNH, k_TKH, sin_T1h, cos_T1h, head_size, True
-        )
+        # In place; halves are rotated against each other.
+        self._functions.rotary_embedding(q_TNH, k_TKH, sin_T1h, cos_T1h, head_size, True)
         pools = (self._of_kernel(pool) for pool in (cache.k_BKPH, cache.v_BKPH))
         self._pages.reshape_and_cache_flash(k_TKH, v_TKH.contiguous(), *pools, layout.slots_T)
         return q_TNH

@@ -12,6 +12,7 @@ from tessera.shard.quantized import GROUP, QuantizedWeight, quantize
 
 BITS = 4
 WORD = 8  # codes in 32 bits
+OUTPUTS = 32  # a multiple of them, else its results are wrong
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each code in its word, from the lowest bits on
 
 
@@ -23,6 +24,7 @@ class IpexLinear:
         from intel_extension_for_pytorch.llm import quantization
 
         outputs, inputs = weight.shape
+        self._groups = inputs // GROUP
         whole_OG = weight.zeros_OG.float().round().clamp(0, 2**BITS - 1)
         rest_OG = (whole_OG - weight.zeros_OG.float()) * weight.scales_OG.float()
         self._rest_OG = rest_OG if bool(rest_OG.any()) else None
@@ -43,28 +45,31 @@ class IpexLinear:
         x_TI = x_TI.contiguous()
         out_TO: Tensor = self._product(x_TI)
         if self._rest_OG is not None:
-            sums_TG = x_TI.float().unflatten(1, (-1, GROUP)).sum(-1)
+            sums_TG = x_TI.float().view(x_TI.shape[0], self._groups, GROUP).sum(-1)
             out_TO = out_TO + F.linear(sums_TG, self._rest_OG).to(out_TO.dtype)
-        return out_TO if self._bias_O is None else out_TO + self._bias_O
+        if self._bias_O is not None:
+            out_TO = out_TO + self._bias_O
+        return out_TO
 
 
 def packed(codes_XO: Tensor) -> Tensor:
     """int32 [X, O / 8] of codes below 16."""
-    words_XWC = codes_XO.to(torch.int64).unflatten(1, (-1, WORD))
+    words_XWC = codes_XO.long().reshape(codes_XO.shape[0], -1, WORD)
     shifts_C = BITS * torch.tensor(PLACES, device=codes_XO.device)
     # The sum fills 32 bits without a sign; as int32 the highest of them becomes one.
-    return (words_XWC << shifts_C).sum(-1).to(torch.int32).contiguous()
+    return (words_XWC << shifts_C).sum(-1).int()
 
 
 def fits(weight: QuantizedWeight) -> bool:
     """Whether it can take the weight."""
-    return weight.bits == BITS and weight.shape[0] % WORD == 0
+    outputs, inputs = weight.shape
+    return weight.bits == BITS and outputs % OUTPUTS == 0 and inputs > GROUP
 
 
 def ipex_linear_works(device: torch.device) -> bool:
     """Whether it multiplies rightly with such weights on this device."""
     generator = torch.Generator().manual_seed(0)
-    weight_OI, x_TI = (torch.randn(rows, 128, generator=generator) for rows in (48, 3))
+    weight_OI, x_TI = (torch.randn(rows, 128, generator=generator) for rows in (64, 3))
     weight = quantize(weight_OI, BITS)
     expected = F.linear(x_TI, weight.dequantize(torch.float32))
     try:

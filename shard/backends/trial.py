@@ -53,7 +53,9 @@ def _trial(
     normed_TD, sum_TD = backend.add_rms_norm(x_TD, residual_TD, normal(512), 1e-5)
     q_TNH = backend.rotate_and_store(normed_TD, cos_sin_LH, cache, layout)
     out_TNH = backend.attend(q_TNH, cache, layout, window)
-    results = (normed_TD, sum_TD, q_TNH, out_TNH, backend.silu_mul(normed_TD))
+    keys_T = torch.arange(tokens + 1).to(backend.device)
+    ids_T = backend.draw(normed_TD.float(), keys_T)
+    results = (normed_TD, sum_TD, q_TNH, out_TNH, backend.silu_mul(normed_TD), ids_T)
     return [result.float().cpu() for result in results]
 
 

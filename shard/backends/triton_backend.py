@@ -12,7 +12,7 @@ from tessera.shard.backends.flash_prefill import DTYPES, PackedContexts, flash_a
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.triton_attention import attend_chunks, attend_decodes, num_splits
-from tessera.shard.backends.triton_ops import add_rms_norm, rotate_and_store, silu_mul
+from tessera.shard.backends.triton_ops import add_rms_norm, draw, rotate_and_store, silu_mul
 
 FLASH_TOKENS = 512  # of prompts in a step, from which copying their contexts together pays
 
@@ -72,6 +72,10 @@ class TritonBackend(FusedAttentionBackend):
         elif plan.num_tokens > decodes:
             attend_chunks(out_TNH, q_TNH, cache, layout, decodes, window)
         return out_TNH
+
+    def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
+        """See `Backend.draw`."""
+        return draw(scores_RV, keys_R)
 
     def _plan_of(self, layout: StepLayout, block_size: int, dtype: torch.dtype) -> _Plan:
         if self._plan is None or self._plan.layout is not layout:

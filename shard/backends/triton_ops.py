@@ -1,5 +1,5 @@
 """Fused small operations in Triton: norm with its addition, rotary embedding with the cache write,
-gated activation. Each reads and writes device memory once.
+gated activation, draw of a token. Each reads and writes device memory once.
 
 Letters as in `base`; X is all heads of a fused projection, N + 2K. Compiled for GPUs when first
 called; with TRITON_INTERPRET=1 they run, slowly, on any device.
@@ -14,6 +14,7 @@ from tessera.shard.backends.base import LayerCache, StepLayout
 
 HEADS_AT_ONCE = 8  # heads of a token that one program rotates
 COLUMNS_AT_ONCE = 1024  # of a gated activation
+SCORES_AT_ONCE = 2048  # of a row from which a token is drawn
 
 
 def add_rms_norm(
@@ -80,3 +81,15 @@ def rotate_and_store(
             HEADS=HEADS_AT_ONCE,
         )
     return q_TNH
+
+
+def draw(scores_RV: Tensor, keys_R: Tensor) -> Tensor:
+    """See `Backend.draw`."""
+    scores_RV = scores_RV.contiguous()
+    num_rows, vocabulary = scores_RV.shape
+    ids_R = keys_R.new_empty(num_rows)
+    if num_rows:
+        kernels.draw[(num_rows,)](
+            ids_R, scores_RV, keys_R, VOCABULARY=vocabulary, BLOCK=SCORES_AT_ONCE, num_warps=8
+        )
+    return ids_R

@@ -6,6 +6,13 @@ Arguments are pointers and integers; those in capitals are known when a kernel i
 import triton
 import triton.language as tl
 
+from tessera.shard import gumbel
+
+GOLDEN = tl.constexpr(gumbel.GOLDEN)
+MIX_1 = tl.constexpr(gumbel.MIX_1)
+MIX_2 = tl.constexpr(gumbel.MIX_2)
+UNIT = tl.constexpr(2.0**-52)
+
 
 @triton.jit
 def add_rms_norm(
@@ -93,3 +100,27 @@ def rotate_and_store(
     target = v_cache + block + kv_head * (POSITIONS * HEAD) + half
     tl.store(target, left, mask=values)
     tl.store(target + HALF, right, mask=values)
+
+
+@triton.jit
+def draw(ids, scores, keys, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: argmax(score - log(-log(u))), the numbers u as `gumbel.uniforms` makes them."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.load(keys + row).to(tl.uint64, bitcast=True)
+    best = tl.full([], float("-inf"), tl.float64)
+    best_id = tl.full([], 0, tl.int32)
+    for first in range(0, VOCABULARY, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < VOCABULARY
+        z = (column + 1).to(tl.uint64) * GOLDEN + key
+        z = (z ^ (z >> 30)) * MIX_1
+        z = (z ^ (z >> 27)) * MIX_2
+        z = z ^ (z >> 31)
+        uniform = ((z >> 12).to(tl.float64) + 0.5) * UNIT
+        score = tl.load(scores + row * VOCABULARY + column, mask=inside, other=float("-inf"))
+        value = score.to(tl.float64) - tl.log(-tl.log(uniform))
+        highest = tl.max(value, 0)
+        if highest > best:
+            best_id = first + tl.argmax(value, 0)
+            best = highest
+    tl.store(ids + row, best_id.to(tl.int64))

@@ -91,7 +91,7 @@ class XpuDevice:
         return True
 
     def _event(self) -> torch.xpu.Event:
-        event = torch.xpu.Event(enable_timing=True)
+        event = torch.xpu.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

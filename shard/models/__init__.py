@@ -1,7 +1,9 @@
 """The models. `load_model` picks the file named like config.json's `model_type`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tessera.shard.errors import CheckpointError
 from tessera.shard.models.base import Model, Placement
@@ -9,9 +11,10 @@ from tessera.shard.models.config_file import read_config
 from tessera.shard.models.dtype import resolve_cache_dtype, resolve_dtype
 from tessera.shard.models.registry import build_model
 from tessera.shard.prequantized import PackedFormat, packed_format
+from tessera.shard.quantization_names import Quantization
 from tessera.shard.weights import Checkpoint, load_weights
 
-__all__ = ["load_model", "resolve_cache_dtype", "resolve_dtype"]
+__all__ = ["load_model", "quantized_as", "resolve_cache_dtype", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,18 @@ def load_model(folder: Path, placement: Placement) -> Model:
     with Checkpoint(folder, packed) as checkpoint:
         load_weights(model, checkpoint, placement.backend, placement.dtype, bits)
     return model
+
+
+def quantized_as(config: Mapping[str, Any], asked: Quantization) -> str:
+    """What linear layers are kept in: "int8", "int4", "awq", "gptq"; empty: floats.
+
+    Raises:
+        CheckpointError: the checkpoint's own format is not one that is read.
+    """
+    packed = packed_format(config)
+    if packed is not None:
+        return packed.method
+    return f"int{asked.bits}" if asked.bits else ""
 
 
 def _bits(placement: Placement, packed: PackedFormat | None) -> int | None:

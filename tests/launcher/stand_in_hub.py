@@ -17,9 +17,10 @@ TOKEN = "hf_stand_in"
 
 @dataclass
 class Hub:
-    """One repository, `owner/model`, and what the server does with requests."""
+    """One repository, and what the server does with requests."""
 
     files: dict[str, bytes]
+    name: str = "owner/model"
     gated: bool = False
     break_after: int | None = None  # the next download of weights ends after so many bytes
     errors: int = 0  # so many requests for weights get status 500
@@ -35,7 +36,7 @@ class Hub:
 
     def info(self) -> dict[str, Any]:
         siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-        return {"id": "owner/model", "sha": COMMIT, "siblings": siblings, "tags": []}
+        return {"id": self.name, "sha": COMMIT, "siblings": siblings, "tags": []}
 
 
 def etag(data: bytes) -> str:
@@ -71,11 +72,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         self.served.requests[f"{self.command} {path}"] += 1
+        owner, _, model = self.served.name.partition("/")
         match path.strip("/").split("/"):
-            case ["api", "models", "owner", "model", *rest]:
+            case ["api", "models", first, second, *rest] if (first, second) == (owner, model):
                 self._api(rest)
-            case ["owner", "model", "resolve", _, name] if name in self.served.files:
-                self._file(name)
+            case [first, second, "resolve", _, name] if (first, second) == (owner, model):
+                if name in self.served.files:
+                    self._file(name)
+                else:
+                    self._refuse(404, "EntryNotFound")
             case _:
                 self._refuse(404, "RepoNotFound")
 

@@ -2,13 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from tessera.router.chat_replies import ChatWriter, chat_choice
-from tessera.router.event_stream import EventStream, number_to_json, to_json
+from tessera.router.event_stream import (
+    KEEP_ALIVE,
+    EventStream,
+    number_to_json,
+    text_to_json,
+    to_json,
+)
 from tessera.router.native_bodies import GenerateParameters
 from tessera.router.native_replies import plain_event, stream_event
 from tessera.router.request import Completion, FinishReason, Timings, TokenEvent, TokenInfo
@@ -16,34 +22,131 @@ from tessera.router.schemas import ChatBody
 from tessera.router.token_streams import Collected
 
 
-def sent_by(texts: list[str]) -> list[bytes]:
-    """What an `EventStream` sends between its head and its end."""
-    sent: list[bytes] = []
+class Texts:
+    """Gives texts one after the other, each after a pause."""
 
-    async def given() -> AsyncGenerator[str, None]:
-        for text in texts:
-            yield text
+    def __init__(self, *texts: str, pause_s: float = 0.0, error: Exception | None = None) -> None:
+        self.is_closed = False
+        self._texts = list(texts)
+        self._pause_s = pause_s
+        self._error = error
 
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        return {}
+    async def next(self) -> str:
+        await asyncio.sleep(self._pause_s)
+        if self._texts:
+            return self._texts.pop(0)
+        if self._error is not None:
+            raise self._error
+        return ""
 
-    async def send(message: Any) -> None:
-        sent.append(message.get("body", b"head"))
+    async def close(self) -> None:
+        self.is_closed = True
 
-    asyncio.run(EventStream(given(), lambda: None, {})({"type": "http"}, receive, send))
-    assert sent[0] == b"head" and sent[-1] == b""
-    return sent[1:-1]
+
+@dataclass
+class Client:
+    """What a server hands an application, and what a client gets of it."""
+
+    send_s: float = 0.0  # that each message takes
+    leaves_at: bytes | None = None  # `send` fails with this body
+    hangs_up_at: bytes | None = None  # `receive` tells so after this body
+    got: list[bytes] = field(default_factory=list)
+    is_busy: bool = False
+    has_left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def receive(self) -> dict[str, Any]:
+        await self.has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        assert not self.is_busy, "two messages at once"
+        self.is_busy = True
+        await asyncio.sleep(self.send_s)
+        self.is_busy = False
+        body = message.get("body", b"head")
+        if body == self.leaves_at:
+            raise OSError("client left")
+        self.got.append(body)
+        if body == self.hangs_up_at:
+            self.has_left.set()
+
+
+def stream_to(client: Client, texts: Texts, keep_alive_s: float = 15.0) -> list[bytes]:
+    """What the client gets; the stream's end is told exactly once and its source is closed."""
+    ended: list[bool] = []
+    stream = EventStream(texts, lambda: ended.append(True), {}, keep_alive_s)
+    try:
+        asyncio.run(stream({"type": "http"}, client.receive, client.send))
+    finally:
+        assert ended == [True] and texts.is_closed
+    return client.got
 
 
 def test_texts_are_sent_one_by_one_in_their_order() -> None:
-    texts = ["data: 1\n\ndata: 2\n\n", "data: 3\n\n"]
-    assert sent_by(texts) == [text.encode() for text in texts]
+    texts = Texts("data: 1\n\ndata: 2\n\n", "data: 3\n\n")
+    assert stream_to(Client(), texts) == [b"head", b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n", b""]
+
+
+def test_silence_is_filled_with_comments() -> None:
+    texts = Texts("data: 1\n\n", "data: 2\n\n", pause_s=0.1)
+    got = stream_to(Client(), texts, keep_alive_s=0.03)
+    assert [one for one in got if one != KEEP_ALIVE] == [
+        b"head",
+        b"data: 1\n\n",
+        b"data: 2\n\n",
+        b"",
+    ]
+    for before in (b"data: 1\n\n", b"data: 2\n\n", b""):
+        assert got[got.index(before) - 1] == KEEP_ALIVE
+
+
+def test_a_stream_that_talks_needs_no_comments() -> None:
+    texts = Texts(*["data: 1\n\n"] * 10, pause_s=0.02)
+    assert KEEP_ALIVE not in stream_to(Client(), texts, keep_alive_s=0.15)
+
+
+def test_no_comment_comes_into_a_pause_for_a_slow_client() -> None:
+    texts = Texts("data: 1\n\n", "data: 2\n\n")
+    got = stream_to(Client(send_s=0.1), texts, keep_alive_s=0.01)  # `Client` tells two at once
+    assert got == [b"head", b"data: 1\n\n", b"data: 2\n\n", b""]
+
+
+@pytest.mark.parametrize("pause_s", [0.04, 0.06])
+def test_what_comes_while_a_comment_is_sent_waits_for_it(pause_s: float) -> None:
+    texts = Texts("data: 1\n\n", "data: 2\n\n", pause_s=pause_s)
+    got = stream_to(Client(send_s=0.03), texts, keep_alive_s=0.02)  # `Client` tells two at once
+    assert KEEP_ALIVE in got and got[-1] == b""
+    assert [one for one in got if one.startswith(b"data")] == [b"data: 1\n\n", b"data: 2\n\n"]
+
+
+@pytest.mark.parametrize(
+    "client", [Client(leaves_at=b"data: 2\n\n"), Client(hangs_up_at=b"data: 1\n\n")]
+)
+def test_a_client_that_leaves_ends_it(client: Client) -> None:
+    texts = Texts(*(f"data: {n}\n\n" for n in range(1, 1000)), pause_s=0.01)
+    got = stream_to(client, texts)
+    assert got[:2] == [b"head", b"data: 1\n\n"] and len(got) < 5
+
+
+def test_a_client_that_leaves_ends_it_in_the_middle_of_silence() -> None:
+    assert stream_to(Client(hangs_up_at=b"head"), Texts("data: 1\n\n", pause_s=60)) == [b"head"]
+
+
+def test_a_defect_of_the_source_ends_it_without_a_proper_end() -> None:
+    client = Client()
+    with pytest.raises(ValueError, match="a defect"):
+        stream_to(client, Texts("data: 1\n\n", error=ValueError("a defect")))
+    assert client.got == [b"head", b"data: 1\n\n"]  # so that nobody takes it for complete
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, -1.25, 1e-30, -1e22, 0.1, -103.27892303466797])
 def test_numbers_are_written_as_in_every_other_reply(value: float) -> None:
     assert number_to_json(value) == to_json(value) == json.dumps(value)
+
+
+@pytest.mark.parametrize("value", ["", " dog", '"\\\n\x00\x7f', "ü\u2028\u0085🐶", "\ud800"])
+def test_texts_are_written_as_in_every_other_reply(value: str) -> None:
+    assert text_to_json(value) == to_json(value) == json.dumps(value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

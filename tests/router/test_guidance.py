@@ -6,19 +6,21 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
-from tessera.router import guidance, guidance_compile
-from tessera.router.errors import OverloadedError, RouterError, ValidationError
+from tessera.router import guidance, guidance_compile, guidance_trial
+from tessera.router.errors import OverloadedError, ValidationError
 from tessera.router.grammar import Grammar, GrammarKind
 from tessera.router.guidance import GuideCompiler
-from tessera.router.guidance_compile import GrammarTimeout, Vocabulary, eos_of
-from tessera.router.guidance_trial import Trial
+from tessera.router.guidance_compile import Vocabulary, eos_of
+from tessera.router.guidance_trial import Trial, TrialLost, Verdict
 from tessera.router.tokenizer import Tokenizer
 from tests.router.guided_shards import allowed_ids
 from tests.router.json_schemas import UNSUPPORTED
@@ -104,7 +106,7 @@ EXPLOSIVE = {
 @pytest.mark.parametrize("name", EXPLOSIVE)
 def test_what_would_take_the_process_with_it_is_refused(vocabulary: Vocabulary, name: str) -> None:
     told = refusal(vocabulary, Grammar(*EXPLOSIVE[name]), timeout_s=0.5)
-    assert re.search("too long or too much memory|Unable to determine|too big|too complex", told)
+    assert re.search("too long|too much memory|Unable to determine|too big|too complex", told)
 
 
 REFUSED = {
@@ -184,9 +186,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     check = guidance.Trial.check
 
-    def counting_check(self: guidance.Trial, grammar: Grammar) -> int:
+    def counting_check(self: Trial, grammar: Grammar, timeout_s: float) -> Verdict:
         compiled.append(grammar.source + "?")
-        return check(self, grammar)
+        return check(self, grammar, timeout_s)
 
     monkeypatch.setattr(guidance, "compile_grammar", counting)
     monkeypatch.setattr(guidance.Trial, "check", counting_check)
@@ -231,10 +233,10 @@ def test_memory_bounds_what_is_kept(
 def test_a_request_that_exhausts_its_lexer_leaves_the_next_one_its_own(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = LLParserLimits(max_lexer_states=2000, verbose_errors=False)
-    monkeypatch.setattr(guidance_compile, "_limits", lambda: limits)
+    limits = LLParserLimits(max_lexer_states=500, verbose_errors=False)
+    monkeypatch.setattr(guidance_compile, "_limits", lambda kind, share: limits)
     monkeypatch.setattr(guidance, "SLOW_S", 60.0)
-    many_states = Grammar(GrammarKind.REGEX, "(.*a.{30}|.*b.{40}|.*c.{50})")
+    many_states = Grammar(GrammarKind.REGEX, "(.{1,2000}x){1,5}")
 
     async def use(compiler: GuideCompiler) -> list[int]:
         return [num_steps((await compiler.compile(many_states)).start()) for _ in range(2)]
@@ -257,8 +259,8 @@ def num_steps(matcher: LLMatcher) -> int:
 def test_a_refusal_that_the_clock_made_is_not_remembered(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def late(trial: Trial, grammar: Grammar) -> int:
-        raise GrammarTimeout("it takes too long")
+    def late(trial: Trial, grammar: Grammar, timeout_s: float) -> Verdict:
+        return Verdict("it takes too long", timed_out=True, may_change=True)
 
     async def use(compiler: GuideCompiler) -> None:
         with monkeypatch.context() as busy:
@@ -270,24 +272,79 @@ def test_a_refusal_that_the_clock_made_is_not_remembered(
     with_compiler(vocabulary, use)
 
 
-def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:
-    async def use(compiler: GuideCompiler) -> list[RouterError | None]:
-        await compiler.compile(INTEGER)
-        for trial in compiler._all_trials:
-            if trial._process is not None:
-                os.kill(trial._process.pid, signal.SIGKILL)
-                trial._process.wait()
-        outcomes: list[RouterError | None] = []
-        for _ in range(3):
-            try:
-                await compiler.compile(Grammar(GrammarKind.REGEX, "again"))
-                outcomes.append(None)
-            except RouterError as error:
-                outcomes.append(error)
-        return outcomes
+def all_trials(compiler: GuideCompiler) -> list[Trial]:
+    return [*compiler._quick.trials, *compiler._slow.trials]
 
-    outcomes = with_compiler(vocabulary, use)
-    assert isinstance(outcomes[0], OverloadedError | None) and outcomes[-1] is None
+
+def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:
+    async def use(compiler: GuideCompiler) -> None:
+        for _ in range(2):
+            await compiler.compile(INTEGER)
+            for trial in all_trials(compiler):
+                if trial._process is not None:
+                    os.kill(trial._process.pid, signal.SIGKILL)
+                    trial._process.wait()
+            await compiler.compile(Grammar(GrammarKind.REGEX, "again"))
+
+    with_compiler(vocabulary, use)
+
+
+NONSENSE = {
+    "no JSON": 'print("Traceback")',
+    "cut short": "sys.stdout.write('{\"error\": nu')",
+    "not an object": "print([1])",
+    "an empty object": 'print("{}")',
+    "an unknown field": 'print(\'{"error": null, "verdict": 1}\')',
+    "another type": 'print(\'{"error": null, "num_bytes": "many"}\')',
+    "without end": 'sys.stdout.write("x" * 10**6)',
+    "nothing": "sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_process_that_speaks_nonsense_is_lost_and_replaced(
+    vocabulary: Vocabulary, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = f"import sys; sys.stdin.readline(); sys.stdin.readline(); {NONSENSE[name]}"
+    start, popen, num_bad = Trial._start, subprocess.Popen, 0
+
+    def bad_start(self: Trial) -> Any:
+        nonlocal num_bad
+        num_bad += 1
+        bad = lambda command, **options: popen([sys.executable, "-c", program], **options)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", bad)
+            return start(self)
+
+    async def use(compiler: GuideCompiler) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Trial, "_start", bad_start)
+            with pytest.raises(OverloadedError) as refused:
+                await compiler.compile(INTEGER)
+            assert refused.value.status == 429
+        await compiler.compile(INTEGER)
+
+    with_compiler(vocabulary, use)
+    assert num_bad == 2
+
+
+def test_a_process_that_stops_reading_is_lost(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidance_trial, "START_S", 0.2)
+    trial = Trial(vocabulary)
+    process = trial._process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    with pytest.raises(TrialLost):
+        trial.check(Grammar(GrammarKind.REGEX, "a" * 200_000), 0.1)
+    assert process.wait(10) == -signal.SIGKILL
+    trial.close()
+    with pytest.raises(TrialLost):
+        trial.check(INTEGER, 0.1)
 
 
 def test_a_mask_covers_the_models_vocabulary(vocabulary: Vocabulary) -> None:

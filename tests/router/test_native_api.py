@@ -13,7 +13,6 @@ from huggingface_hub.errors import ValidationError as HubValidationError
 from starlette.applications import Starlette
 
 from tessera.router.errors import GenerationError
-from tessera.router.event_stream import EventStream
 from tessera.router.request import FinishReason
 from tests.router.http_fakes import (
     FakeGenerator,
@@ -353,30 +352,6 @@ def http_scope(path: str) -> dict[str, Any]:
         "headers": [],
         "asgi": {"spec_version": "2.3"},
     }
-
-
-def test_silence_is_filled_with_comments() -> None:
-    sent: list[bytes] = []
-    ended: list[bool] = []
-
-    async def two_events() -> Any:
-        yield "data: 1\n\n"
-        await asyncio.sleep(0.1)
-        yield "data: 2\n\n"
-
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        return {}
-
-    async def send(message: Any) -> None:
-        sent.append(message.get("body", b"head"))
-
-    stream = EventStream(two_events(), lambda: ended.append(True), {}, keep_alive_s=0.03)
-    asyncio.run(stream({"type": "http"}, receive, send))
-    assert sent[:2] == [b"head", b"data: 1\n\n"]
-    assert sent[-2:] == [b"data: 2\n\n", b""]
-    assert set(sent[2:-2]) == {b":\n\n"}
-    assert ended == [True]
 
 
 def picture() -> str:

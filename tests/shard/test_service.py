@@ -1,8 +1,10 @@
 """The gRPC face of a shard, with an engine that computes nothing."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TypeVar
 
 import grpc
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 class EchoEngine:
     """Answers each decode row with its token plus one, so that a lost or swapped row shows."""
+
+    runs_ahead = False
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
@@ -103,6 +107,71 @@ def test_masks_reach_a_step_that_waits_for_them() -> None:
         return got
 
     assert with_service(Waiting(), use) == [40, 41]
+
+
+class AheadEngine(EchoEngine):
+    """A device that is done with a step only once it has been given the next one."""
+
+    runs_ahead = True
+
+    def __init__(self, last_step_id: int) -> None:
+        super().__init__()
+        self.last_step_id = last_step_id
+        self.log: list[str] = []
+        self.launched = [threading.Event() for _ in range(last_step_id + 2)]
+
+    def launch(self, step: shard_pb2.Step) -> SimpleNamespace:
+        self.log.append(f"launch {step.step_id}")
+        self.launched[step.step_id].set()
+        return SimpleNamespace(step=step, may_be_followed=not step.released_images)
+
+    def wait(self, launched: SimpleNamespace) -> None:
+        following = launched.step.step_id + 1
+        if following <= self.last_step_id:
+            assert self.launched[following].wait(20)
+
+    def finish(self, launched: SimpleNamespace) -> shard_pb2.StepReply:
+        self.log.append(f"finish {launched.step.step_id}")
+        return super().run(launched.step)
+
+
+def test_the_next_step_is_launched_while_the_device_computes_this_one() -> None:
+    engine = AheadEngine(last_step_id=3)
+    steps = [step(number, 10 * number) for number in range(4)]
+    got = with_service(engine, lambda stub: replies(stub, *steps))
+    assert [reply.tokens[0].token_id for reply in got] == [1, 11, 21, 31]
+    order = "launch 0,launch 1,finish 0,launch 2,finish 1,launch 3,finish 2,finish 3"
+    assert engine.log == order.split(",")
+
+
+def test_a_step_that_cannot_be_followed_is_finished_first() -> None:
+    engine = AheadEngine(last_step_id=1)
+    guided = step(0, 1)
+    guided.released_images.append(b"a mark of this test")
+    got = with_service(engine, lambda stub: replies(stub, guided, step(1, 2)))
+    assert [reply.step_id for reply in got] == [0, 1]
+    assert engine.log == ["launch 0", "finish 0", "launch 1", "finish 1"]
+
+
+def test_a_step_that_comes_late_is_answered_too() -> None:
+    engine = AheadEngine(last_step_id=0)
+
+    async def use(stub: shard_pb2_grpc.ShardStub) -> list[int]:
+        stream, got = stub.Steps(), []
+        for number in range(2):
+            engine.last_step_id = number
+            await stream.write(shard_pb2.StepMessage(step=step(number, number)))
+            got.append((await stream.read()).tokens[0].token_id)
+        await stream.done_writing()
+        return got
+
+    assert with_service(engine, use) == [1, 2]
+
+
+def test_a_skipped_step_is_refused_by_a_device_that_runs_ahead() -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        with_service(AheadEngine(last_step_id=0), lambda stub: replies(stub, step(0), step(2)))
+    assert "expected 1" in (error.value.details() or "")
 
 
 def test_a_router_that_leaves_does_not_leave_a_step_waiting() -> None:

@@ -54,11 +54,11 @@ class SimulatedDevice:
     def note_wait(self, cause: str) -> None:
         """The host waits for the device."""
         for counter in self._counters:
-            counter[f"{cause} in {_asking_line()}"] += 1
+            counter[f"{_asking_file()}: {cause}"] += 1
 
     @contextmanager
     def waits(self) -> Iterator[Counter[str]]:
-        """Count what the host waits for in the block, by cause and place."""
+        """Count what the host waits for in the block, by file and cause."""
         counter: Counter[str] = Counter()
         self._counters.append(counter)
         try:
@@ -211,9 +211,10 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
-def _asking_line() -> str:
-    """The innermost function that belongs neither to torch nor to the simulation."""
+def _asking_file() -> str:
+    """The innermost file on the stack that belongs neither to torch nor to the simulation."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
-            return f"{Path(frame.filename).name}:{frame.name}"
+        file = Path(frame.filename)
+        if "/torch/" not in frame.filename and not file.name.startswith("simulated_"):
+            return file.name
     return "?"

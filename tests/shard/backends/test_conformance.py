@@ -17,6 +17,7 @@ from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.gumbel import key_of, uniforms
 from tessera.shard.backends.xpu import XpuBackend
 from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
 from tests.shard.backends.simulated_device import simulated_device
@@ -249,6 +250,26 @@ def test_silu_mul(backend: Backend, width: int, dtype: torch.dtype) -> None:
     gate_up[0, :2] = torch.tensor([-300.0, 300.0])
     gate, up = gate_up.double().chunk(2, dim=-1)
     assert_close(backend.silu_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 2048, 5000])
+def test_draws_are_those_of_the_counted_numbers(backend: Backend, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores_RV = torch.randn(6, vocabulary, generator=generator)
+    scores_RV[:, 1::2] = float("-inf")
+    keys_R = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), key_of(5, 6)])
+    ids_R = backend.draw(scores_RV, keys_R)
+    expected_RV = scores_RV.double() - (-uniforms(keys_R, vocabulary).log()).log()
+    assert ids_R.dtype == torch.int64 and ids_R.tolist() == expected_RV.argmax(-1).tolist()
+
+
+def test_draws_from_what_is_not_finite_are_ids_and_stay_in_their_row(backend: Backend) -> None:
+    scores_RV = torch.zeros(3, 3000)
+    scores_RV[1] = NAN
+    keys_R = torch.arange(3)
+    ids_R = backend.draw(scores_RV, keys_R)
+    assert 0 <= int(ids_R[1]) < 3000
+    assert torch.equal(ids_R[::2], backend.draw(scores_RV[::2], keys_R[::2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

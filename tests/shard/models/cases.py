@@ -1,9 +1,16 @@
 """Prompts that together reach every branch of the image arithmetic."""
 
 from tessera.shard.backends import cuda
+from tessera.shard.backends.ipex_version import ipex_fits
 from tests.shard.models.oracle import Case, Oracle, picture
 
-BACKENDS = ("reference", "cpu", "xpu", *(("cuda",) if cuda.available() else ()))
+BACKENDS = (
+    "reference",
+    "cpu",
+    "xpu",
+    *(("cuda",) if cuda.available() else ()),
+    *(("ipex",) if ipex_fits("cpu") else ()),
+)
 """Backend files, on the cpu but for cuda, and xpu, which runs on the simulated device."""
 
 ATOL = 1e-4

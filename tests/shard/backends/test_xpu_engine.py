@@ -1,0 +1,203 @@
+"""A whole engine on the simulated Intel GPU, step for step beside one on the processor."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.proto import shard_pb2
+from tessera.proto.image_layout import AnyResLayout, layout_from_config
+from tessera.shard.backends.base import Backend
+from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.backends.xpu import XpuBackend
+from tessera.shard.engine import Engine
+from tessera.shard.models import load_model
+from tessera.shard.models.base import Placement
+from tessera.shard.models.config_file import read_config
+from tessera.shard.parallel import Group
+from tessera.shard.warmup import warm_up
+from tests.shard.backends.pool import CPU
+from tests.shard.backends.simulated_device import simulated_device
+from tests.shard.backends.simulated_xpu import simulated_xpu
+
+BLOCK_SIZE = 16
+BLOCKS_EACH = 20  # of a sequence
+PICTURE = (80, 60)  # height and width, pixels
+HASH = b"p" * 16
+SAMPLED = shard_pb2.SamplingParams(temperature=0.8, seed=7, top_n_tokens=3)
+
+# What the host must know of each decode step: whether the numbers are finite; the tokens and their
+# logprobs; when the device came to the end of two stages, which it has by then.
+WAITS_PER_STEP = {"token_choice.py": 1, "sampler.py": 2, "xpu.py": 2}
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Callable[[str], Path]) -> Iterator[tuple[Engine, Engine]]:
+    """One on the processor, one on the simulated GPU; both are empty between tests."""
+    folder = checkpoint("next-mistral")
+    with simulated_xpu() as device:
+        yield _engine(folder, ReferenceBackend(CPU)), _engine(folder, XpuBackend(device))
+
+
+def _engine(folder: Path, backend: Backend) -> Engine:
+    place = Placement(backend, Group(), torch.float32)
+    engine = Engine(load_model(folder, place), place, BLOCK_SIZE)
+    engine.allocate_cache(4 * BLOCKS_EACH)
+    return engine
+
+
+@pytest.fixture
+def both(engines: tuple[Engine, Engine]) -> Iterator[Callable[[shard_pb2.Step], None]]:
+    """Compute a step on both engines and compare what they say."""
+
+    def run(step: shard_pb2.Step) -> None:
+        expected, got = (engine.run(step) for engine in engines)
+        assert len(got.tokens) == len(step.decodes) + sum(chunk.is_last for chunk in step.chunks)
+        assert not got.failures
+        for ours, right in zip(got.tokens, expected.tokens, strict=True):
+            assert (ours.sequence_id, ours.token_id) == (right.sequence_id, right.token_id)
+            assert ours.logprob == pytest.approx(right.logprob, abs=1e-4)
+            assert [t.token_id for t in ours.top_tokens] == [t.token_id for t in right.top_tokens]
+
+    yield run
+    for engine in engines:
+        engine.reset()
+
+
+def blocks(sequence_id: int, first: int, last: int) -> list[int]:
+    """Of positions [first, last), those that are new."""
+    begin = 1 + sequence_id * BLOCKS_EACH
+    return list(range(begin - (-first // BLOCK_SIZE), begin - (-last // BLOCK_SIZE)))
+
+
+def chunk(
+    sequence_id: int, ids: list[int], first: int = 0, is_last: bool = True
+) -> shard_pb2.Chunk:
+    return shard_pb2.Chunk(
+        sequence_id=sequence_id,
+        first_position=first,
+        token_ids=ids,
+        new_block_ids=blocks(sequence_id, first, first + len(ids)),
+        is_last=is_last,
+        sampling=SAMPLED if sequence_id else shard_pb2.SamplingParams(),
+        num_prompt_tokens=first + len(ids),
+    )
+
+
+def decode(sequence_id: int, context_len: int) -> shard_pb2.DecodeRow:
+    new = blocks(sequence_id, context_len - 1, context_len)
+    return shard_pb2.DecodeRow(sequence_id=sequence_id, context_len=context_len, new_block_ids=new)
+
+
+def picture(layout: AnyResLayout) -> shard_pb2.Image:
+    plan = layout.plan(*PICTURE)
+    pixels = torch.Generator().manual_seed(1)
+    shape = (plan.num_tiles, layout.tile, layout.tile, 3)
+    tiles = torch.randint(256, shape, generator=pixels, dtype=torch.uint8)
+    return shard_pb2.Image(
+        content_hash=HASH,
+        height=PICTURE[0],
+        width=PICTURE[1],
+        num_tiles=plan.num_tiles,
+        tiles=tiles.numpy().tobytes(),
+        grid_rows=plan.grid[0],
+        grid_columns=plan.grid[1],
+    )
+
+
+@pytest.fixture
+def layout(checkpoint: Callable[[str], Path]) -> AnyResLayout:
+    found = layout_from_config(read_config(checkpoint("next-mistral")))
+    assert isinstance(found, AnyResLayout)
+    return found
+
+
+def test_prefill_and_decode(both: Callable[[shard_pb2.Step], None]) -> None:
+    both(shard_pb2.Step(chunks=[chunk(0, list(range(3, 40)))]))
+    both(shard_pb2.Step(decodes=[decode(0, 38)], chunks=[chunk(1, list(range(50, 70)))]))
+    for n in range(15):
+        both(shard_pb2.Step(decodes=[decode(0, 39 + n), decode(1, 21 + n)]))
+
+
+def test_a_picture_in_two_chunks(
+    both: Callable[[shard_pb2.Step], None], layout: AnyResLayout
+) -> None:
+    count = layout.plan(*PICTURE).num_tokens
+    cut = count // 2
+    first, rest = chunk(0, [1] + [5] * cut, is_last=False), chunk(0, [5] * (count - cut), cut + 1)
+    first.images.add(content_hash=HASH, offset=1, first_feature=0, length=cut)
+    rest.images.add(content_hash=HASH, offset=0, first_feature=cut, length=count - cut)
+    both(shard_pb2.Step(images=[picture(layout)], chunks=[first]))
+    both(shard_pb2.Step(chunks=[rest]))
+    both(shard_pb2.Step(decodes=[decode(0, count + 2)]))
+
+
+def test_scores_of_a_prompt(both: Callable[[shard_pb2.Step], None]) -> None:
+    scored = chunk(1, list(range(3, 30)))
+    scored.sampling.prompt_logprobs = True
+    both(shard_pb2.Step(chunks=[scored]))
+
+
+def steady_state(engine: Engine, parameters: shard_pb2.SamplingParams) -> list[Counter[str]]:
+    """What the host waited for in each of some decode steps of three sequences."""
+    chunks = [chunk(n, list(range(3, 20 + n))) for n in range(3)]
+    for each in chunks:
+        each.sampling.CopyFrom(parameters)
+    engine.run(shard_pb2.Step(chunks=chunks))
+    waited = []
+    for n in range(4):
+        rows = [decode(s, 18 + s + n) for s in range(3)]
+        with simulated_device().waits() as waits:
+            assert len(engine.run(shard_pb2.Step(decodes=rows)).tokens) == 3
+        waited.append(waits)
+    engine.reset()
+    return waited
+
+
+FILTERED = shard_pb2.SamplingParams(temperature=0.5, top_k=5, top_p=0.9, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "more"),
+    [(shard_pb2.SamplingParams(), 0), (FILTERED, 0), (SAMPLED, 2)],
+    ids=["greedy", "filtered", "with alternatives"],
+)
+def test_a_decode_step_waits_for_what_it_must_know(
+    engines: tuple[Engine, Engine], parameters: shard_pb2.SamplingParams, more: int
+) -> None:
+    known = Counter(WAITS_PER_STEP) + Counter({"sampler.py": more})
+    for waits in steady_state(engines[1], parameters):
+        assert Counter(cause.partition(":")[0] for cause in waits.elements()) <= known, waits
+
+
+def test_layers_and_lengths_add_no_waiting(engines: tuple[Engine, Engine]) -> None:
+    """Neither the model nor the attention reads anything: the waits are those of the sampler."""
+    engine = engines[1]
+    engine.run(shard_pb2.Step(chunks=[chunk(0, list(range(3, 40)))]))
+    batch = engine._builder.build(shard_pb2.Step(decodes=[decode(0, 38)]))
+    assert batch is not None
+    with torch.inference_mode(), simulated_device().waits() as waits:
+        hidden_TD = engine._hidden_states(batch, {})
+        engine._logits(hidden_TD)
+    assert not waits
+    engine.reset()
+
+
+def test_the_warm_up_sizes_the_cache_by_the_devices_memory(
+    checkpoint: Callable[[str], Path], layout: AnyResLayout
+) -> None:
+    with simulated_xpu() as device:
+        engine = _engine(checkpoint("next-mistral"), XpuBackend(device))
+        request = shard_pb2.WarmupRequest(
+            max_step_tokens=64,
+            max_context_len=64,
+            max_step_tiles=2,
+            max_batch_size=2,
+            max_feature_tokens=64,
+            max_blocks=30,
+        )
+        reply = warm_up(engine, request, 1.0, layout)
+    assert reply.num_blocks == 30
+    assert engine.trial_caches(1)[0].k_BKPH.device == simulated_device().device
