@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 
 GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi README.md \
-  docker/METRICS.md docker/grafana/dashboards/tessera.json $(wildcard docker/models/*.env)
+  docker/METRICS.md docker/grafana/dashboards/tessera.json docker/compose.yaml $(wildcard docker/models/*.env)
 
 # `make run` serves the demo model, two shards on a CPU, at port 8000. Every setting is a variable:
 # `make run MODEL_ID=llava-hf/llava-v1.6-mistral-7b-hf NUM_SHARD=1 PORT=8080 DTYPE=bfloat16`.
@@ -56,8 +56,18 @@ proto: typed  ## regenerate the stubs from proto/shard.proto
 	  --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. tessera/proto/shard.proto
 
-test: setup client-envs  ## all tests that need no accelerator
+test: setup client-envs triton-env  ## all tests that need no accelerator
 	$(BIN)/python -m pytest -q --ignore=tests/operations
+
+triton-env: setup  ## install the Triton that tests kernels for GPUs without one into build/triton-env
+	@$(BIN)/python -m tests.shard.backends.triton_environment
+
+ipex-env: setup  ## install Intel's IPEX and the torch it needs, 2 GB, into build/ipex-env
+	@timeout 900 $(BIN)/python -m tests.shard.backends.ipex_environment
+
+test-ipex: ipex-env  ## the backend of Intel's IPEX, with its build for processors
+	PYTHONPATH=build/ipex-env $(BIN)/python -m pytest -q -k ipex \
+	  tests/shard/backends/test_{ipex,conformance,quantized_linear}.py tests/shard/models
 
 client-envs: setup  ## install the older clients the tests run into build/client-envs
 	@$(BIN)/python -m tests.clients.environments
@@ -81,6 +91,31 @@ test-ops: setup  ## metrics, dashboards and alerts with the real Prometheus, a k
 	  || echo "NO PROMETHEUS: dashboards and alerts will not be tested" >&2
 	$(BIN)/python -m pytest -q tests/operations
 
+# LEAK_MINUTES=10 also watches the memory under so many minutes of load. No setup: where the GPU is, an
+# interpreter with the packages may be all there is (make test-cuda PYTHON_GPU=python3).
+PYTHON_GPU ?= $(BIN)/python
+LEAK_MINUTES ?= 0
+test-cuda: typed  ## the correctness tests on an NVIDIA GPU: kernels, parity, ranks, the whole server
+	@if PYTHONPATH=.typed $(PYTHON_GPU) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  PYTHONPATH=.typed LEAK_MINUTES=$(LEAK_MINUTES) \
+	    $(PYTHON_GPU) -m pytest -q -k cuda tests/cuda tests/shard; \
+	else echo "NO GPU: the CUDA backend is not tested" >&2; fi
+
+lock: setup  ## renew docker/requirements.lock where pyproject.toml asks for more
+	@$(BIN)/python -m pip install -q pip-tools==7.6.2
+	@$(BIN)/python docker/lock.py
+
+docker-engine:  ## install the Docker engine of make test-docker (Debian, as root)
+	@command -v dockerd >/dev/null && command -v docker-compose >/dev/null && command -v debootstrap >/dev/null \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  docker.io docker-compose iptables iproute2 debootstrap; }
+
+# IMAGE=NAME tries an image that is there; IMAGES=all builds those for GPUs as well.
+test-docker: setup  ## build the image, try it locked down, and compose.yaml with its monitoring
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  timeout 600 $(MAKE) --no-print-directory docker-engine || true; fi
+	TEST_DOCKER=1 IMAGE=$(IMAGE) IMAGES=$(IMAGES) timeout 2400 $(BIN)/python -m pytest -q tests/docker/with_engine
+
 screenshot: setup  ## draw the picture of the page at /ui anew
 	$(BIN)/python -m tests.end_to_end.screenshot
 
@@ -96,6 +131,7 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 docs:  ## write the tables of settings, clients, metrics and models' needs, and Grafana's dashboard
 	@$(BIN)/python tests/contracts/readme.py
 	@$(BIN)/python tests/contracts/metrics_page.py
+	@$(BIN)/python tests/contracts/compose_settings.py
 	@$(BIN)/python tests/contracts/model_envs.py
 	@$(BIN)/python docker/grafana/dashboard.py
 

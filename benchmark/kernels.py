@@ -20,6 +20,7 @@ import torch
 from benchmark.results_file import provenance, write_json
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import Backend, CacheShape, StepLayout
+from tessera.shard.backends.huge_pages import empty_on_huge_pages
 
 BLOCK_SIZE = 16
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128  # Mistral 7B, Llama 3 8B
@@ -79,8 +80,12 @@ class Bench:
         return torch.randn(size, device=self.backend.device).to(self.dtype)
 
     def read_rate(self) -> float:
-        """Bytes per second of reading a large tensor."""
-        x = torch.ones(1 << 26, device=self.backend.device)
+        """Bytes per second of reading a large tensor, which a host has on its largest pages."""
+        size = (1 << 26,)
+        if self.backend.device.type == "cpu":
+            x = empty_on_huge_pages(size, torch.float32).fill_(1)
+        else:
+            x = torch.ones(size, device=self.backend.device)
         return x.nbytes / self.best_s(lambda _: x.sum())
 
     def matrix_rate(self) -> float:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -212,7 +213,11 @@ def _disk_reason(error: Exception, wish: Wish) -> str:
     if number in FULL:
         return _disk_full(wish, "nothing")
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"cannot write to {wish.cache_dir}; set HUGGINGFACE_HUB_CACHE to a folder of yours."
+        return (
+            f"cannot write to {wish.cache_dir} as user {os.getuid()}; give that user the folder, "
+            "set HUGGINGFACE_HUB_CACHE to another one, or start the container with "
+            "--user $(id -u):$(id -g) to write as yourself."
+        )
     return ""
 
 

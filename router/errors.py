@@ -11,7 +11,6 @@
       MethodNotAllowed   405  the route exists, for another method
       OverloadedError    429  no room now; retry later
       GenerationError    424  a step failed on a shard; this request is lost, the server is not
-      IncompleteError    500  the tokens ended without a final one; a defect of this server
       NotReadyError      503  still loading, draining, or the shards are gone
 
 `error_type` values are those text-generation-inference's clients switch on. Messages say what was
@@ -124,13 +123,6 @@ class GenerationError(RouterError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"Request failed during generation: {cause}")
-
-
-class IncompleteError(RouterError):
-    """The token stream ended without saying why."""
-
-    status = 500
-    error_type = "incomplete_generation"
 
 
 class NotReadyError(RouterError):

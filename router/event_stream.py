@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from tessera.router.eager import begin
 
 T = TypeVar("T")
 
@@ -88,12 +90,17 @@ async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
 class TextSource(Protocol):
     """What an `EventStream` sends."""
 
-    async def next(self) -> str:
-        """Wait for one or several events, those that are ready together; "" at the end."""
+    @property
+    def is_over(self) -> bool:
+        """Whether everything was taken."""
         ...
 
-    async def close(self) -> None:
-        """Let go of everything; `next` is not called again and no call of it is under way."""
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have a function called, by the event loop, whenever there is something to `take`."""
+        ...
+
+    def take(self) -> str:
+        """The events that are ready, "" for none."""
         ...
 
 
@@ -103,6 +110,9 @@ class EventStream(Response):
     Servers tell in two ways that a client is gone, by an `http.disconnect` message or by an error
     from `send`; either ends the stream at once, also while no event is due. After `keep_alive_s`
     seconds of silence a comment goes out so that proxies do not take the connection for dead.
+
+    Events are sent right where the event loop tells of them. A task sends the rest: what has to
+    wait for a slow client, comments and the end.
     """
 
     def __init__(
@@ -120,14 +130,15 @@ class EventStream(Response):
         self._on_end = on_end
         self._keep_alive_s = keep_alive_s
         self._last_sent = 0.0
-        self._is_sending = True  # no comment before the head, nor into a pause for a slow client
-        self._commenting = asyncio.Lock()
+        self._send: Send
+        # Wakes the task, with the rest of what is being sent or with what went wrong. None: it is
+        # awake.
+        self._attention: asyncio.Future[Awaitable[None] | Exception | None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         parts = [
-            asyncio.ensure_future(self._send_events(scope, send)),
-            asyncio.ensure_future(self._keep_alive(send)),
+            asyncio.ensure_future(self._send_all(scope, send)),
             asyncio.ensure_future(_client_left(receive)),
         ]
         try:
@@ -137,46 +148,59 @@ class EventStream(Response):
         except OSError:
             pass  # the client is gone; there is nobody to tell
         finally:
+            self._attention = None
             self._on_end()
             await _cancel(*parts)
-            await self._texts.close()
 
-    async def _send_events(self, scope: Scope, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        send = scope.get("state", {}).get(DIRECT_SEND, send)
-        self._is_sending = False
-        clock = asyncio.get_running_loop().time
-        while text := await self._texts.next():
-            self._is_sending = True
-            if self._commenting.locked():
-                await self._commented()
-            body = text.encode("ascii")
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            self._last_sent = clock()
-            self._is_sending = False
-        self._is_sending = True  # for good
-        await self._commented()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._send = scope.get("state", {}).get(DIRECT_SEND, send)
+        self._last_sent = _now()
+        self._texts.listen(self._on_news)
+        while not self._texts.is_over:
+            await self._needed()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _keep_alive(self, send: Send) -> None:
-        """Runs until cancelled."""
-        clock = asyncio.get_running_loop().time
-        self._last_sent = clock()
-        while True:
-            await asyncio.sleep(self._last_sent + self._keep_alive_s - clock())
-            if clock() - self._last_sent < self._keep_alive_s:
-                continue
-            if not self._is_sending:
-                async with self._commenting:
-                    message = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
-                    await send(message)
-            self._last_sent = clock()
+    async def _needed(self) -> None:
+        """Sleep until there is something for the task to do, and do it."""
+        self._attention = attention = asyncio.get_running_loop().create_future()
+        self._on_news()
+        await asyncio.wait((attention,), timeout=self._last_sent + self._keep_alive_s - _now())
+        self._attention = None
+        if attention.done():
+            if isinstance(unsent := attention.result(), Exception):
+                raise unsent
+            if unsent is not None:
+                await unsent
+        elif _now() - self._last_sent >= self._keep_alive_s:
+            await self._send(_body(KEEP_ALIVE))
+        else:
+            return
+        self._last_sent = _now()
 
-    async def _commented(self) -> None:
-        """Wait for a comment that is on its way, so that it does not come after the end."""
-        async with self._commenting:
-            pass
+    def _on_news(self) -> None:
+        """Send what is ready."""
+        if (attention := self._attention) is None:
+            return  # the task will see to it
+        unsent: Awaitable[None] | Exception | None = None
+        try:
+            if text := self._texts.take():
+                unsent = begin(self._send(_body(text.encode("ascii"))))
+                self._last_sent = _now()
+        except Exception as error:
+            unsent = error
+        if unsent is not None or self._texts.is_over:
+            attention.set_result(unsent)
+            self._attention = None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _body(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}
 
 
 async def _client_left(receive: Receive) -> None:

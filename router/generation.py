@@ -1,5 +1,6 @@
 """What the HTTP side expects of the loop that runs requests. `router.core` implements it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,14 +40,26 @@ class TokenStream(Protocol):
     prompt_top_tokens: list[tuple[TokenInfo, ...]]
     """What else was likely in the place of each of them, if `sampling.top_n_tokens` was set too."""
 
-    async def next_events(self) -> list[TokenEvent]:
-        """Wait for the next event; it and what has come after it, at most `MOST_AT_ONCE` in all.
+    def take(self) -> list[TokenEvent]:
+        """The events that have come since; at most `MOST_AT_ONCE`, perhaps none.
 
-        The one with `completion` is the last. Empty: the stream has ended without one.
+        The one with `completion` is the last.
 
         Raises:
-            RouterError: the request failed, and all events before that have been read.
+            RouterError: the request failed, and all events before that have been taken.
         """
+        ...
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have a function called, by the event loop, whenever there is something to `take`.
+
+        That is soon after it has come, and soon after a `take` that left something. There is one
+        listener at a time.
+        """
+        ...
+
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for something to `take`; never empty. Becomes the listener."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import TypeVar
 
 from tessera.router.errors import OverloadedError, ValidationError
@@ -162,7 +162,7 @@ class _Lane:
         self._patience_s = patience_s
         self.trials = [Trial(vocabulary) for _ in range(size)]
         self._threads = FairThreads(size, "grammar")
-        self._free: SimpleQueue[Trial] = SimpleQueue()
+        self._free: LifoQueue[Trial] = LifoQueue()  # the second is started when two are needed
         for trial in self.trials:
             self._free.put(trial)
 

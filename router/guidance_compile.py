@@ -126,7 +126,7 @@ def _limits(kind: GrammarKind, share: int) -> LLParserLimits:
     is_schema = kind in (GrammarKind.JSON_SCHEMA, GrammarKind.TOOLS)
     return LLParserLimits(
         max_items_in_row=4000 if is_schema else 1000,
-        step_max_items=400_000 if is_schema else 50_000,
+        step_max_items=1_000_000 if is_schema else 50_000,
         max_lexer_states=MAX_LEXER_STATES // share,
         verbose_errors=False,
     )

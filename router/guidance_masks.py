@@ -40,8 +40,11 @@ ENDLESS = "it takes too long; use rules with one reading, or fewer alternatives"
 SUSPECT_S, SUSPECT_ROW_S = 0.02, 0.001
 """Masks computed together should take no longer, in all and for each; else each is timed alone."""
 
-SLOW_S, ENDLESS_S = 0.005, 0.25
-"""Computation for one token: more than the first, and no step waits for it; the second: the end."""
+SLOW_S = 0.005
+"""Computation for one token from which on no step waits for it."""
+
+FAIR_S, MAX_EXCESS_S = 0.05, 2.0
+"""Computation for one token, and how much more than that those of one answer may take together."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +59,7 @@ class _Guided:
     awaited: deque[tuple[int, int]] = field(default_factory=deque)
     ready: bytes | None = None  # the mask of the next token, which no step awaits yet
     is_busy: bool = False  # the mask of the next token is being computed
+    excess_s: float = 0.0  # computation beyond what is fair
     matcher: LLMatcher | None = None  # only the one job under way touches it
     num_consumed: int = 0
 
@@ -182,7 +186,8 @@ class GuidanceMasks:
         except Exception:
             logger.exception("a mask could not be computed")
             mask, took_s = None, 0.0
-        usable = self._usable(guided, mask, took_s)
+        guided.excess_s = max(0.0, guided.excess_s + took_s - FAIR_S)
+        usable = self._usable(guided, mask)
         if usable is None:
             return
         guided.is_suspect = False
@@ -196,13 +201,13 @@ class GuidanceMasks:
             guided.ready, sequence.awaits_mask = usable, False
             self._wake()
 
-    def _usable(self, guided: _Guided, mask: bytes | None, took_s: float = 0.0) -> bytes | None:
-        """The mask if its sequence goes on with it; one that failed or came too late ends it."""
+    def _usable(self, guided: _Guided, mask: bytes | None) -> bytes | None:
+        """The mask if its sequence goes on with it; one that failed or took too long ends it."""
         guided.is_busy = False
         sequence_id = guided.sequence.sequence_id
         if self._guided.get(sequence_id) is not guided:
             return None  # released meanwhile
-        if mask is not None and took_s <= ENDLESS_S:
+        if mask is not None and guided.excess_s <= MAX_EXCESS_S:
             return mask
         reason = ENDLESS if mask is not None else _reason(guided.matcher)
         logger.warning("grammar %s failed in an answer: %s", guided.guide.digest, reason)

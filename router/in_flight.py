@@ -29,32 +29,54 @@ class RequestStream:
         # Bounded by the request's own max_new_tokens.
         self._events: list[TokenEvent] = []
         self._error: RouterError | None = None  # what follows the events
-        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._on_news: Callable[[], None] | None = None
+        self._is_announced = False  # its listener is about to be called
 
     def push(self, event: TokenEvent) -> None:
         """Hand the client its next event."""
         self._events.append(event)
-        self._wake_reader()
+        self._announce()
 
     def fail(self, error: RouterError) -> None:
         """Hand the client its error, behind the events it has not read yet."""
         self._error = error
-        self._wake_reader()
+        self._announce()
+
+    def take(self) -> list[TokenEvent]:
+        """See `generation.TokenStream`."""
+        events, self._events = self._events, []
+        if not events and self._error is not None:
+            raise self._error
+        if len(events) > MOST_AT_ONCE or (events and self._error is not None):
+            self._events = events[MOST_AT_ONCE:]
+            self._announce()
+            return events[:MOST_AT_ONCE]
+        return events
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """See `generation.TokenStream`."""
+        self._on_news = on_news
+        if self._events or self._error is not None:
+            self._announce()
 
     async def next_events(self) -> list[TokenEvent]:
-        """See `generation.TokenStream`; to be called by one reader at a time."""
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
-        events = self._events
-        self._events = events[MOST_AT_ONCE:]
-        return events[:MOST_AT_ONCE]
+        """See `generation.TokenStream`."""
+        while not (events := self.take()):
+            news = asyncio.Event()
+            self.listen(news.set)
+            await news.wait()
+        return events
 
-    def _wake_reader(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+    def _announce(self) -> None:
+        """Call the listener soon: not now, where the next step is waited for."""
+        if self._on_news is not None and not self._is_announced:
+            self._is_announced = True
+            asyncio.get_running_loop().call_soon(self._tell_listener)
+
+    def _tell_listener(self) -> None:
+        self._is_announced = False
+        if self._on_news is not None:
+            self._on_news()
 
     def follow(self, cancel: Callable[[], None]) -> None:
         """Its request goes on as another sequence, which `cancel` forgets."""
@@ -62,6 +84,7 @@ class RequestStream:
 
     def close(self) -> None:
         """Cancel if still running; its blocks are free at once, the shards hear of it next step."""
+        self._on_news = None
         self._cancel()
 
 

@@ -31,7 +31,7 @@ from tessera.router.schemas import ChatBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import EventTexts, Reading, collect_all
+from tessera.router.token_streams import EventTexts, collect_all
 from tessera.router.validation import Plan, Validator
 
 
@@ -166,13 +166,13 @@ class NativeApi:
         generations = await self._submit(
             request, ticket, self.validator.plan_native(body, streaming=True)
         )
-        reading = Reading(generations)
-        await unless_client_leaves(request, reading.start())
-        ticket.keep()
         wants_full = _wants_full_text(body.options, full_text)
         writer = _StreamWriter(generations[0], body.options, wants_full=wants_full)
+        texts = EventTexts(generations, writer, ticket)
+        await unless_client_leaves(request, texts.start())
+        ticket.keep()
         return EventStream(
-            EventTexts(reading, writer, ticket),
+            texts,
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )

@@ -25,7 +25,7 @@ from tessera.router.schemas import ChatBody, CompletionBody, OpenAIBody
 from tessera.router.server_info import ServerInfo
 from tessera.router.ticket import Desk, Generation, Ticket
 from tessera.router.timing_headers import compute_headers, timing_headers
-from tessera.router.token_streams import Collected, EventTexts, Reading, collect_all
+from tessera.router.token_streams import Collected, EventTexts, collect_all
 from tessera.router.validation import Plan, Validator
 
 
@@ -140,12 +140,12 @@ class OpenAIApi:
         envelope: dict[str, Any],
         body: OpenAIBody,
     ) -> Response:
-        reading = Reading(generations)
-        await unless_client_leaves(request, reading.start())
-        ticket.keep()
         chunks = ChunkWriter(generations, writer, envelope, body)
+        texts = EventTexts(generations, chunks, ticket)
+        await unless_client_leaves(request, texts.start())
+        ticket.keep()
         return EventStream(
-            EventTexts(reading, chunks, ticket),
+            texts,
             on_end=ticket.close,
             headers=compute_headers(self.info, self.generator, generations),
         )

@@ -140,7 +140,7 @@ class RouterSettings:
     )
     max_grammar_bytes: int = setting(100_000, "bytes of one grammar or JSON schema", integer(1))
     grammar_timeout: float = setting(
-        5.0, "seconds of computation that compiling one grammar may take", number(0.001)
+        5.0, "seconds of computation that compiling and trying one grammar may take", number(0.001)
     )
     tokenizer_config_path: str = setting("", "file that replaces the model's tokenizer_config.json")
     chat_template: str = setting(

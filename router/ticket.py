@@ -9,7 +9,6 @@ from starlette.requests import ClientDisconnect
 
 from tessera.router.admission import Admission
 from tessera.router.errors import (
-    IncompleteError,
     NotReadyError,
     OverloadedError,
     TemplateError,
@@ -30,16 +29,16 @@ class Generation:
     stream: TokenStream
     on_completion: Callable[[Completion], None]
 
-    async def next_events(self) -> list[TokenEvent]:
-        """What the stream's gives, never empty; not to be called behind the completion.
+    def take(self) -> list[TokenEvent]:
+        """What the stream's gives."""
+        return self._noted(self.stream.take())
 
-        Raises:
-            IncompleteError: the stream has ended without a completion.
-        """
-        events = await self.stream.next_events()
-        if not events:
-            raise IncompleteError("Incomplete generation: the tokens ended without a last one.")
-        if (completion := events[-1].completion) is not None:
+    async def next_events(self) -> list[TokenEvent]:
+        """What the stream's gives."""
+        return self._noted(await self.stream.next_events())
+
+    def _noted(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        if events and (completion := events[-1].completion) is not None:
             self.on_completion(completion)
         return events
 
@@ -162,8 +161,6 @@ def _failure_kind(error: BaseException) -> FailureKind:
             return "validation"
         case OverloadedError():
             return "overloaded"
-        case IncompleteError():
-            return "incomplete"
         case ClientDisconnect() | asyncio.CancelledError() | GeneratorExit():
             return "dropped"
     return "generation"

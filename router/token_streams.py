@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,9 +12,6 @@ from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.ticket import Generation, Ticket
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[int, list[TokenEvent]]
-"""The index of a generation, and events of it that came together."""
 
 
 @dataclass(slots=True)
@@ -57,46 +54,6 @@ async def collect_all(generations: Sequence[Generation]) -> list[Collected]:
             task.cancel()
 
 
-class Reading:
-    """The events of several generations, in the order they come."""
-
-    def __init__(self, generations: Sequence[Generation]) -> None:
-        """Nothing is read yet. `generations`: at least one."""
-        self._single = generations[0] if len(generations) == 1 else None  # it needs no tasks
-        self._merged = _merge(generations)
-        self._first: Batch | None = None
-        self._is_over = False
-
-    async def start(self) -> None:
-        """Wait for the first events, so that a failure before them can still be a status.
-
-        Raises:
-            RouterError: a generation failed before its first token.
-        """
-        self._first = await self.next()
-
-    async def next(self) -> Batch | None:
-        """Wait for more events; None behind the last one.
-
-        Raises:
-            RouterError: a generation failed, and its events before that have been read.
-        """
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        if self._single is None:
-            return await anext(self._merged, None)
-        if self._is_over:
-            return None
-        events = await self._single.next_events()
-        self._is_over = events[-1].completion is not None
-        return 0, events
-
-    async def close(self) -> None:
-        """Read no more, after any call of `next` has ended."""
-        await self._merged.aclose()
-
-
 class EventWriter(Protocol):
     """Turns the events of one kind of stream into the text of server-sent events."""
 
@@ -114,63 +71,66 @@ class EventWriter(Protocol):
 
 
 class EventTexts:
-    """Implements `event_stream.TextSource`: what is read, as it is written; a failure ends it."""
+    """Implements `event_stream.TextSource`: the events of some generations, as they are written."""
 
-    def __init__(self, reading: Reading, writer: EventWriter, ticket: Ticket) -> None:
-        """`ticket`: is told of a failure."""
-        self._reading = reading
+    def __init__(
+        self, generations: Sequence[Generation], writer: EventWriter, ticket: Ticket
+    ) -> None:
+        """`ticket`: is told of a failure, which ends the stream."""
+        self._unfinished = list(enumerate(generations))
         self._writer = writer
         self._ticket = ticket
-        self._is_over = False
+        self._first = ""  # what was written when it started
 
-    async def next(self) -> str:
-        """Wait for the text of one or several events, those that came together; "" at the end."""
-        text = ""
-        while not text and not self._is_over:
-            try:
-                batch = await self._reading.next()
-                if batch is None:
-                    self._is_over = True
-                    return self._writer.end()
-                text = self._writer.write(*batch)
-            except RouterError as error:
-                text = self._failure(error)
-            except Exception:
-                logger.exception("a stream failed")
-                text = self._failure(InternalError())
+    async def start(self) -> None:
+        """Wait for the first events, so that a failure before them can still be a status.
+
+        Raises:
+            RouterError: a generation failed before its first token.
+        """
+        news = asyncio.Event()
+        self.listen(news.set)
+        await news.wait()
+        for text in self._written():
+            self._first += text
+
+    @property
+    def is_over(self) -> bool:
+        """See `TextSource`."""
+        return not self._unfinished and not self._first
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """See `TextSource`."""
+        for _, generation in self._unfinished:
+            generation.stream.listen(on_news)
+
+    def take(self) -> str:
+        """See `TextSource`."""
+        text, self._first = self._first, ""
+        if not self._unfinished:
+            return text
+        try:
+            for more in self._written():
+                text += more
+        except RouterError as error:
+            text += self._failure(error)
+        except Exception:
+            logger.exception("a stream failed")
+            text += self._failure(InternalError())
         return text
 
-    async def close(self) -> None:
-        """Read no more, after any call of `next` has ended."""
-        await self._reading.close()
+    def _written(self) -> Iterator[str]:
+        """What has come, piece by piece, so that a failure does not take what came before."""
+        for entry in self._unfinished[:]:
+            index, generation = entry
+            if events := generation.take():
+                yield self._writer.write(index, events)
+                if events[-1].completion is not None:
+                    self._unfinished.remove(entry)
+        if not self._unfinished:
+            yield self._writer.end()
 
     def _failure(self, error: RouterError) -> str:
-        self._is_over = True
+        self._unfinished.clear()
         self._ticket.failed(error)
         return self._writer.failure(error)
-
-
-async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[Batch, None]:
-    pending = {
-        asyncio.ensure_future(generation.next_events()): index
-        for index, generation in enumerate(generations)
-    }
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=pending.__getitem__):
-                index = pending.pop(task)
-                events = task.result()
-                if events[-1].completion is None:
-                    pending[asyncio.ensure_future(generations[index].next_events())] = index
-                yield index, events
-    finally:
-        for task in pending:
-            task.cancel()
-            task.add_done_callback(_forget)
-
-
-def _forget(task: "asyncio.Future[list[TokenEvent]]") -> None:
-    """Take note of how a task ended, which asyncio would otherwise complain about."""
-    if not task.cancelled():
-        task.exception()

@@ -76,7 +76,7 @@ def footprint(
     """
     config = read_config(folder)
     packed = packed_format(config)
-    bits = packed.bits if packed else quantization(quantize).bits
+    bits = packed.kept_bits if packed else quantization(quantize).bits
     numbers = resolve_dtype(dtype, config, device)
     host = ReferenceBackend(torch.device("cpu"))
     ranks = [

@@ -8,8 +8,9 @@ Both keep a linear's weight [O, I] transposed, several codes in an int32. With 8
     scales   [G, O]         [G, O]
     g_idx                   [I]            the group of each input
 
-A weight is scale * (code - zero), so `QuantizedWeight` keeps them to the last bit. Sources: the
-files of AutoAWQ 0.2, AutoGPTQ 0.7 and GPTQModel.
+A weight is scale * (code - zero), so `QuantizedWeight` keeps them to the last bit. Where the inputs
+of a group lie apart (GPTQ's desc_act), it cannot: then they are floats that may be rounded again.
+Sources: the files of AutoAWQ 0.2, AutoGPTQ 0.7 and GPTQModel.
 
 Letters: O outputs, I inputs, G groups of inputs.
 """
@@ -29,6 +30,7 @@ AWQ, GPTQ = "awq", "gptq"
 WORD = 32  # bits
 # At which place of an int32, counted from its lowest bits, each of eight columns is.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+BITS_OF_ACT_ORDER = 8
 UNQUANTISED = "use the unquantised checkpoint, with QUANTIZE=int4 or int8 if you like"
 
 Read = Callable[[Source], Tensor]
@@ -42,7 +44,12 @@ class PackedFormat:
     bits: int  # 4 or 8
     group_size: int | None  # inputs; None: a row is one group
     zero_offset: int = 0  # what the file's zero points lack
-    act_order: bool = False  # g_idx must tell
+    act_order: bool = False  # a group's inputs lie anywhere, g_idx tells
+
+    @property
+    def kept_bits(self) -> int:
+        """Bits in which its weights are kept: more where they must be rounded once more."""
+        return BITS_OF_ACT_ORDER if self.act_order else self.bits
 
     def tensors(self, weight: Source, names: Container[str]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what stands for `weight` among `names`; empty: it is not packed."""
@@ -61,30 +68,53 @@ class PackedFormat:
         return shapes
 
     def read(self, weight: Source, names: Container[str], read: Read) -> QuantizedWeight | Tensor:
-        """A rank's part of a packed weight; floats where it does not begin and end with groups.
+        """A rank's part of a packed weight; floats where it is not made of whole groups of
+        neighbouring inputs.
 
         Raises:
-            CheckpointError: its groups are not made of neighbouring inputs.
+            CheckpointError: g_idx contradicts the configuration.
         """
         stem, (outputs, inputs) = _stem(weight), weight.shape
-        groups, size = self._groups(inputs), self.group_size or inputs
-        if f"{stem}.g_idx" in names:
-            _check_order(stem, size, read(Source(f"{stem}.g_idx", (inputs,))))
+        groups = self._groups(inputs)
+        group_I, in_order = self._group_of_inputs(stem, inputs, names, read)
         dim = 1 - weight.dim  # the files hold the weight transposed
-        span = weight.span or (0, weight.shape[weight.dim])
-        first, last = span if dim == 0 else (0, inputs)
-        groups_span = (first // size, -(-last // size)) if dim == 0 else span
+        span = groups_span = weight.span or (0, weight.shape[weight.dim])
+        first, last = 0, inputs
+        if dim == 0:
+            first, last = span
+            group_I = group_I[first:last]
+            groups_span = (int(group_I.min()), int(group_I.max()) + 1)
+            group_I = group_I - groups_span[0]
         codes_IO = self._codes(read, f"{stem}.qweight", (inputs, outputs), dim, span)
         zeros_GO = self._codes(read, f"{stem}.qzeros", (groups, outputs), dim, groups_span)
         zeros_GO = (zeros_GO.to(torch.int32) + self.zero_offset).half()
         scales_GO = read(Source(f"{stem}.scales", (groups, outputs), dim, groups_span)).half()
-        group_I = torch.arange(first, last) // size - first // size
-        if first % GROUP or last % GROUP:
+        if first % GROUP or last % GROUP or not in_order:
             values_IO = (codes_IO.float() - zeros_GO[group_I]) * scales_GO[group_I]
             return values_IO.T
         group_G = group_I[::GROUP]  # of ours, the file's
         of_groups = (tensor[group_G].T.contiguous() for tensor in (scales_GO, zeros_GO))
         return QuantizedWeight(self.bits, codes_IO.T.contiguous(), *of_groups)
+
+    def _group_of_inputs(
+        self, stem: str, inputs: int, names: Container[str], read: Read
+    ) -> tuple[Tensor, bool]:
+        """The group of each input, int64, and whether groups are made of neighbouring inputs."""
+        usual_I = torch.arange(inputs) // (self.group_size or inputs)
+        if f"{stem}.g_idx" not in names:
+            return usual_I, True
+        group_I = read(Source(f"{stem}.g_idx", (inputs,))).long()
+        if torch.equal(group_I, usual_I):
+            return usual_I, True
+        if not self.act_order:
+            raise CheckpointError(
+                f"the groups of {stem} are not made of neighbouring inputs, but config.json says "
+                f"desc_act=false; {UNQUANTISED}"
+            )
+        groups = self._groups(inputs)
+        if group_I.min() < 0 or group_I.max() >= groups:
+            raise CheckpointError(f"{stem}.g_idx names groups beyond the {groups} that there are")
+        return group_I, False
 
     @property
     def _packed_dim(self) -> int:
@@ -164,11 +194,3 @@ def _format_of_file(method: str, given: Mapping[str, Any]) -> str:
 
 def _stem(weight: Source) -> str:
     return weight.name.removesuffix(".weight")
-
-
-def _check_order(stem: str, size: int, group_I: Tensor) -> None:
-    if not torch.equal(group_I.long(), torch.arange(len(group_I)) // size):
-        raise CheckpointError(
-            f"the groups of {stem} are not made of neighbouring inputs (desc_act); use a "
-            f"checkpoint made with desc_act=false, or {UNQUANTISED}"
-        )

@@ -14,10 +14,11 @@ from tessera.proto import shard_pb2
 from tessera.shard import token_choice
 from tessera.shard.backends import load_backend
 from tessera.shard.engine import Engine
-from tessera.shard.models import load_model, resolve_dtype
+from tessera.shard.models import load_model, resolve_cache_dtype, resolve_dtype
 from tessera.shard.models.base import Model, Placement
 from tessera.shard.models.config_file import read_config
 from tessera.shard.parallel import Group
+from tessera.shard.quantization_names import quantization
 from tessera.shard.sampler import choose
 
 Clock = Callable[[], float]
@@ -70,14 +71,29 @@ class Shard:
     """One rank. Times are processor time with one CPU thread and one rank, else wall time."""
 
     def __init__(
-        self, folder: Path, device: str, num_blocks: int, rank: int, ranks: int, meeting: str
+        self,
+        folder: Path,
+        device: str,
+        num_blocks: int,
+        rank: int = 0,
+        ranks: int = 1,
+        meeting: str = "",
+        quantize: str = "",
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        """`meeting`: where ranks find each other, as `Group.connect` takes it."""
+        """Load it.
+
+        Args:
+            meeting: where ranks find each other, as `Group.connect` takes it.
+            quantize: as the setting QUANTIZE.
+            kv_cache_dtype: as the setting KV_CACHE_DTYPE.
+        """
         config = read_config(folder)
         backend = load_backend(device, "auto")
         dtype = resolve_dtype("auto", config, backend.device.type)
         group = Group.connect(rank, ranks, backend.device, meeting)
-        placement = Placement(backend, group, dtype)
+        cache_dtype = resolve_cache_dtype(kv_cache_dtype, backend)
+        placement = Placement(backend, group, dtype, quantization(quantize), cache_dtype)
         model = load_model(folder, placement)
         self.limits = Bench(backend, dtype, 0.0)
         if ranks > 1:  # waiting for the others is part of a step

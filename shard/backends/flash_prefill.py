@@ -1,7 +1,7 @@
 """torch's own FlashAttention-2 for long prompt chunks, over keys and values copied together.
 
 `_flash_attention_forward` is an operation that torch does not promise to keep, so it is tried on
-the device before it is used. float16 and bfloat16 only.
+the device before it is used.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from tessera.shard.backends.base import LayerCache, StepLayout
 
-DTYPES = (torch.float16, torch.bfloat16)
+
+def flash_fits(q_TNH: Tensor) -> bool:
+    """Whether the operation takes such queries."""
+    head_size = q_TNH.shape[-1]
+    return (
+        q_TNH.dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ ALIGNMENT = 64  # a cache line
 
 
 class HugePages:
-    """Memory for tensors that stay, laid one behind the other: small ones too are on 2 MiB pages."""
+    """Memory for tensors that stay, one behind the other: small ones too are on 2 MiB pages."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)

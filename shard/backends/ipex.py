@@ -70,6 +70,7 @@ class IpexBackend(FusedAttentionBackend):
     """See `Backend`. float32, float16 and bfloat16."""
 
     name = "ipex"
+    float8_cache = False  # its functions read keys and values in the dtype of the queries
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

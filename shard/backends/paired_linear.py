@@ -1,8 +1,8 @@
 """Linear layers in bfloat16 with weights in the order in which the CPU kernels read them.
 
-The weight is cut into blocks of 64 outputs. A block holds pairs of columns, one after the other, and
-of each pair the 64 outputs' two numbers: what one instruction multiplies lies together, and all is
-read from front to back.
+The weight is cut into blocks of 64 outputs. A block holds pairs of columns, one after the other,
+and of each pair the 64 outputs' two numbers: what one instruction multiplies lies together, and all
+is read from front to back.
 """
 
 import torch

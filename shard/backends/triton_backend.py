@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.shard.backends.base import LayerCache, StepLayout
-from tessera.shard.backends.flash_prefill import DTYPES, PackedContexts, flash_attend
+from tessera.shard.backends.flash_prefill import PackedContexts, flash_attend, flash_fits
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.triton_attention import attend_chunks, attend_decodes, num_splits
@@ -62,7 +62,7 @@ class TritonBackend(FusedAttentionBackend):
         """See `Backend.attend`."""
         q_TNH = q_TNH.contiguous()
         out_TNH = torch.empty_like(q_TNH)
-        plan = self._plan_of(layout, cache.k_BKPH.shape[2], q_TNH.dtype)
+        plan = self._plan_of(layout, cache.k_BKPH.shape[2], q_TNH)
         decodes = plan.num_decodes
         if decodes:
             splits = num_splits(decodes, cache.k_BKPH.shape[1], self._units)
@@ -77,13 +77,13 @@ class TritonBackend(FusedAttentionBackend):
         """See `Backend.draw`."""
         return draw(scores_RV, keys_R)
 
-    def _plan_of(self, layout: StepLayout, block_size: int, dtype: torch.dtype) -> _Plan:
+    def _plan_of(self, layout: StepLayout, block_size: int, q_TNH: Tensor) -> _Plan:
         if self._plan is None or self._plan.layout is not layout:
             lengths = [end - start for start, end in pairwise(layout.query_start)]
             decodes = next((s for s, n in enumerate(lengths) if n != 1), len(lengths))
             tokens = layout.query_start[-1]
             contexts = None
-            if self.flash and dtype in DTYPES and tokens - decodes >= FLASH_TOKENS:
+            if self.flash and flash_fits(q_TNH) and tokens - decodes >= FLASH_TOKENS:
                 contexts = PackedContexts.of(layout, decodes, block_size)
             self._plan = _Plan(layout, decodes, tokens, contexts)
         return self._plan

@@ -85,7 +85,7 @@ def rotate_and_store(
 
 def draw(scores_RV: Tensor, keys_R: Tensor) -> Tensor:
     """See `Backend.draw`."""
-    scores_RV = scores_RV.contiguous()
+    scores_RV, keys_R = scores_RV.contiguous(), keys_R.contiguous()
     num_rows, vocabulary = scores_RV.shape
     ids_R = keys_R.new_empty(num_rows)
     if num_rows:

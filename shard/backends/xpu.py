@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera.shard.backends.base import Backend, Recording
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.ipex_version import ipex_fits
+from tessera.shard.gumbel import draw
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,20 @@ class XpuDevice:
         """See `Backend.reset_peak_memory`."""
         torch.xpu.reset_peak_memory_stats(self.device)
 
+    @cached_property
+    def _has_float64(self) -> bool:
+        has_it = bool(torch.xpu.get_device_properties(self.device).has_fp64)
+        if not has_it:
+            logger.warning("%s has no float64: the processor draws sampled tokens", self.device)
+        return has_it
+
+    def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
+        """See `Backend.draw`. Waits where the device has no float64: the numbers are the same."""
+        if self._has_float64:
+            drawn_R: Tensor = super().draw(scores_RV, keys_R)  # type: ignore[misc]
+            return drawn_R
+        return draw(scores_RV.cpu(), keys_R.cpu()).to(self.device)
+
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
         torch.xpu.synchronize(self.device)
@@ -102,11 +118,16 @@ class XpuDevice:
         self.synchronize()
         return time.perf_counter_ns()
 
+    def wait(self, mark: Any) -> None:
+        """See `Backend.wait`."""
+        if self._measures_time:
+            mark.synchronize()
+
     def elapsed_ns(self, first: Any, last: Any) -> int:
         """See `Backend.elapsed_ns`."""
         if not self._measures_time:
             return int(last - first)
-        last.synchronize()
+        self.wait(last)
         return int(first.elapsed_time(last) * 1e6)
 
     def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:

@@ -62,7 +62,10 @@ def _bits(placement: Placement, packed: PackedFormat | None) -> int | None:
             logger.info("linear layers are quantised to %d bits%s", asked.bits, note)
         return asked.bits
     if first:
-        logger.info("linear layers are in %d bits (%s checkpoint)", packed.bits, packed.method)
-        if asked.bits not in (None, packed.bits):
+        note = f", rounded once more to {packed.kept_bits} (desc_act)" if packed.act_order else ""
+        logger.info(
+            "linear layers are in %d bits (%s checkpoint)%s", packed.bits, packed.method, note
+        )
+        if asked.bits not in (None, packed.kept_bits):
             logger.warning("QUANTIZE asks for %d bits; it changes nothing here", asked.bits)
-    return None
+    return packed.kept_bits if packed.act_order else None

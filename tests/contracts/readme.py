@@ -8,6 +8,7 @@ from tessera.launcher.settings import CLASSES
 from tessera.proto.env import settings_table
 
 README = Path(__file__).parents[2] / "README.md"
+IMAGE = README.parent / "benchmark" / "results" / "docker.json"
 COMPATIBILITY = README.parent / "tests" / "clients" / "compatibility.json"
 BEGIN, END = "<!-- settings: written by `make docs` -->\n", "<!-- /settings -->"
 CLIENTS_BEGIN, CLIENTS_END = "<!-- clients: written by `make docs` -->\n", "<!-- /clients -->"
@@ -21,6 +22,14 @@ def with_settings_table(text: str) -> str:
 def with_client_table(text: str) -> str:
     """`text` with what tests/clients saw working between its markers."""
     return _between(text, CLIENTS_BEGIN, CLIENTS_END, _client_table())
+
+
+def with_image_numbers(text: str) -> str:
+    """`text` with the image's size and start as they were measured."""
+    found = json.loads(IMAGE.read_text())
+    size, start = f"{found['above_base_mb']:.0f} MB", f"{found['start_s']['median']:.1f} s"
+    text = _between(text, "<!-- image -->", "<!-- /image -->", size)
+    return _between(text, "<!-- start -->", "<!-- /start -->", start)
 
 
 def _between(text: str, begin: str, end: str, table: str) -> str:
@@ -52,4 +61,5 @@ def _calls(features: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_client_table(with_settings_table(README.read_text())))
+    tables = with_client_table(with_settings_table(README.read_text()))
+    README.write_text(with_image_numbers(tables))

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme import README, with_client_table, with_settings_table
+from readme import README, with_client_table, with_image_numbers, with_settings_table
 
 ROOT = README.parent
 TEXT = README.read_text()
@@ -20,7 +21,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_tables_are_current() -> None:
-    assert with_client_table(with_settings_table(TEXT)) == TEXT, "run `make docs`"
+    current = with_image_numbers(with_client_table(with_settings_table(TEXT)))
+    assert current == TEXT, "run `make docs`"
 
 
 def test_make_targets_it_names_exist() -> None:
@@ -51,3 +53,13 @@ def test_launcher_flags_it_names_exist() -> None:
 def test_files_it_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert target.startswith("data:") or (ROOT / target).exists(), target
+
+
+def test_files_and_profiles_its_commands_name_exist() -> None:
+    commands = "\n".join(blocks("sh"))
+    named = re.findall(r"(?<![\w/.])(?:docker|launcher|benchmark)/[\w./-]+", commands)
+    assert "docker/compose.yaml" in named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    profiles = set(re.findall(r"--profile (\w+)", commands))
+    assert profiles and all(services[profile]["profiles"] == [profile] for profile in profiles)

@@ -4,6 +4,8 @@ import configparser
 import contextlib
 import functools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,10 +27,9 @@ def build_image(engine: Engine, file: str, tag: str, *more: str) -> None:
     """Build `docker/<file>`; `more` are further arguments."""
     ensure_image(engine, BASE)
     with torch_index() as index:
-        secrets = [f"--secret=id={name},src={path}" for name, path in _secrets().items()]
         engine.run(
             *("build", "--network=host", f"--file={ROOT / 'docker' / file}", f"--tag={tag}"),
-            *(f"--build-arg=TORCH_INDEX={index}", *secrets, *more, str(ROOT)),
+            *(f"--build-arg=TORCH_INDEX={index}", *secrets(), *more, str(ROOT)),
             timeout=BUILD_TIMEOUT_S,
         )
 
@@ -59,19 +60,38 @@ class _QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def _secrets() -> dict[str, Path]:
-    """Files for `--secret`: this machine's pip settings and the authorities it trusts."""
-    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    index = os.environ.get("PIP_INDEX_URL") or said.stdout.strip()
-    config = configparser.ConfigParser(interpolation=None)
-    config["global"] = {"timeout": "60"} | ({"index-url": index} if index else {})
-    secrets = {"pip_conf": FOLDER / "pip.conf"}
+def secrets() -> list[str]:
+    """`--secret` flags: this machine's settings of pip and apt, and the authorities it trusts."""
     certificates = Path(os.environ.get("PIP_CERT") or CERTIFICATES)
+    files = {"pip_conf": FOLDER / "pip.conf", "apt_conf": FOLDER / "apt.conf"}
+    config = configparser.ConfigParser(interpolation=None)
+    config["global"] = {"timeout": "60"} | _pip_settings()
     if certificates.exists():
         config["global"]["cert"] = "/run/secrets/ca"
-        secrets["ca"] = certificates
+        files["ca"] = certificates
     config["a-section-that-pip-ignores"] = {"password": SECRET_MARK}
-    with secrets["pip_conf"].open("w") as file:
+    with files["pip_conf"].open("w") as file:
         config.write(file)
-    return secrets
+    files["apt_conf"].write_text(_apt_settings())
+    return [f"--secret=id={name},src={path}" for name, path in files.items()]
+
+
+def _pip_settings() -> dict[str, str]:
+    """Where pip finds packages here."""
+    found = {}
+    for name in ("index-url", "extra-index-url", "trusted-host", "proxy"):
+        command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        variable = f"PIP_{name.upper().replace('-', '_')}"
+        if value := os.environ.get(variable) or told.stdout.strip():
+            found[name] = value
+    return found
+
+
+def _apt_settings() -> str:
+    """How apt reaches its mirrors here."""
+    if shutil.which("apt-config") is None:
+        return ""
+    told = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True)
+    lines = told.stdout.splitlines()
+    return "\n".join(line for line in lines if re.match(r"Acquire::https?::Proxy", line)) + "\n"

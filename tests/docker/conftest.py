@@ -27,7 +27,9 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def image(engine: Engine) -> str:
-    """The CPU image, built as README says."""
+    """The CPU image, built as README says; or IMAGE, which is there."""
+    if there := os.environ.get("IMAGE"):
+        return there
     build_image(engine, "Dockerfile.cpu", IMAGE)
     return IMAGE
 

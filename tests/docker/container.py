@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
+from huggingface_hub import InferenceClient
 
 from tests.docker.engine import LABEL, Engine
 
@@ -79,6 +80,13 @@ class Container:
             assert not ended, f"exited before it was {what!r}:\n{self.log}"
             assert time.monotonic() < deadline, f"never {what!r}:\n{self.log}"
             time.sleep(0.1)
+
+
+def streamed(url: str, inputs: str) -> list[str]:
+    """The pieces of a short answer, as huggingface_hub's client streams it."""
+    client = InferenceClient(url)
+    told = client.text_generation(inputs, max_new_tokens=20, stream=True, details=True)
+    return [piece.token.text for piece in told if not piece.token.special]
 
 
 @contextlib.contextmanager

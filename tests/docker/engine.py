@@ -25,6 +25,11 @@ POOL = "base=172.31.128.0/18,size=24"
 START_TIMEOUT_S = 30
 BASE_PACKAGES = "ca-certificates,python3,python3-pip,python3-venv"
 CLEAN = FOLDER / "clean"  # left by an engine that ended well
+SUITE = "bookworm"
+WASTE = (
+    *("var/cache/apt/archives", "var/lib/apt/lists"),
+    *("usr/share/doc", "usr/share/man", "usr/share/locale"),
+)
 LABEL = "tessera.test"  # of every container that a test starts
 
 
@@ -75,7 +80,7 @@ def running_engine() -> Iterator[Engine]:
             private = {"DOCKER_HOST": f"unix://{FOLDER}/docker.sock"}
             engine = Engine(engine.client, engine.environ | private)
             stack.enter_context(_private_engine(engine))
-        stack.callback(_remove_containers, engine)
+        stack.callback(_tidy, engine)
         yield engine
 
 
@@ -88,9 +93,9 @@ def ensure_image(engine: Engine, name: str) -> None:
         if shutil.which("debootstrap") is None:
             raise NoEngine(f"{name} cannot be pulled, and debootstrap is not installed")
         shutil.rmtree(rootfs, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}"]
-        subprocess.run([*command, "bookworm", rootfs], check=True, capture_output=True, timeout=500)
-        for waste in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc"):
+        command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", SUITE, rootfs]
+        subprocess.run([*command, *_mirror()], check=True, capture_output=True, timeout=500)
+        for waste in WASTE:
             shutil.rmtree(rootfs / waste, ignore_errors=True)
             (rootfs / waste).mkdir()
     packed = subprocess.Popen(["tar", "-C", rootfs, "-c", "."], stdout=subprocess.PIPE)
@@ -99,6 +104,14 @@ def ensure_image(engine: Engine, name: str) -> None:
         command, stdin=packed.stdout, env=engine.environ, check=True, capture_output=True
     )
     assert packed.wait() == 0
+
+
+def _mirror() -> list[str]:
+    """The address that this machine's apt has the packages from; empty: debootstrap's own."""
+    wanted = ("Created-By: Packages", "Component: main", f"Codename: {SUITE}")
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    return told.stdout.splitlines()[:1]
 
 
 def _client() -> str:
@@ -160,7 +173,9 @@ def _discard_unclean_store() -> None:
     CLEAN.unlink(missing_ok=True)
 
 
-def _remove_containers(engine: Engine) -> None:
+def _tidy(engine: Engine) -> None:
+    """Remove the tests' containers, and earlier builds of their images."""
     names = engine.run("ps", "-aq", "--filter", f"label={LABEL}").split()
     if names:
         engine.run("rm", "-f", "-v", *names)
+    engine.run("image", "prune", "-f", "--filter", "label=org.opencontainers.image.title=tessera")

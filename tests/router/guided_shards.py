@@ -32,8 +32,9 @@ class Guides:
         self.vocabulary = Vocabulary(self.tokenizer.definition(), size, (EOS,))
         self._trie = self.vocabulary.load()
 
-    def compile(self, grammar: Grammar) -> Guide:
-        return Guide(compile_grammar(self._trie, grammar), self.vocabulary.mask_bytes)
+    def compile(self, grammar: Grammar, *, is_slow: bool = False) -> Guide:
+        matcher = compile_grammar(self._trie, grammar)
+        return Guide(matcher, self.vocabulary.mask_bytes, grammar.digest, is_slow)
 
     def closing_ids(self) -> frozenset[int]:
         """Tokens that bring an answer nearer to its end."""

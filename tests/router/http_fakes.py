@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 
 from tessera.router.errors import NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
-from tessera.router.progress import Progress
+from tessera.router.in_flight import RequestStream
 from tessera.router.request import (
     Completion,
     FinishReason,
@@ -24,6 +24,7 @@ from tessera.router.request import (
     TokenEvent,
     TokenInfo,
 )
+from tessera.router.sequence import Sequence
 
 LIMITS = ServingLimits(
     max_input_tokens=480,
@@ -50,26 +51,28 @@ class Script:
     delay_s: float = 0.0  # before each token but the first
     first_delay_s: float = 0.0
     hang_after: int | None = None  # tokens before it falls silent for good
-    end_early: bool = False  # end without a completion
 
 
-class FakeStream:
+class FakeStream(RequestStream):
     def __init__(self, script: Script, request: Request, copy: int) -> None:
+        super().__init__(Sequence(0, request), cancel=self._end)
         self.request = request
-        self.prompt_tokens = len(request.prompt_ids)
-        self.image_tokens = request.num_image_tokens
         self.cached_tokens = 3
-        self.progress = Progress()
-        self.prompt_logprobs: list[TokenInfo] = []
-        self.prompt_top_tokens: list[tuple[TokenInfo, ...]] = []
         self.num_closed = 0
         self._script = script
         self._copy = copy
-        self._events = self._scripted()
+        self._playing: asyncio.Task[None] | None = None
 
-    async def next_events(self) -> list[TokenEvent]:
-        event = await anext(self._events, None)
-        return [] if event is None else [event]
+    def play(self) -> "FakeStream":
+        self._playing = asyncio.ensure_future(self._play())
+        return self
+
+    async def _play(self) -> None:
+        try:
+            async for event in self._scripted():
+                self.push(event)
+        except Exception as error:
+            self.fail(error)  # type: ignore[arg-type]  # also defects, which the real one never tells
 
     async def _scripted(self) -> AsyncIterator[TokenEvent]:
         script = self._script
@@ -89,8 +92,6 @@ class FakeStream:
                 await asyncio.Event().wait()
             text += piece
             last = n == len(script.texts) - 1
-            if last and script.end_early:
-                return
             yield self._event(n, piece, self._completion(text) if last else None)
 
     def _event(self, n: int, piece: str, completion: Completion | None) -> TokenEvent:
@@ -116,8 +117,10 @@ class FakeStream:
             text = text[: len(text) - len(self._script.texts[-1])]
         return Completion(self._script.reason, text, len(self._script.texts), seed, TIMINGS)
 
-    def close(self) -> None:
+    def _end(self) -> None:
         self.num_closed += 1
+        if self._playing is not None:
+            self._playing.cancel()
 
 
 @dataclass
@@ -137,7 +140,7 @@ class FakeGenerator:
             raise OverloadedError("Model is overloaded")
         stream = FakeStream(self.script, request, len(self.streams))
         self.streams.append(stream)
-        return stream
+        return stream.play()
 
     @property
     def requests(self) -> list[Request]:

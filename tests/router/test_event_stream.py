@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,31 +24,42 @@ from tessera.router.token_streams import Collected
 
 
 class Texts:
-    """Gives texts one after the other, each after a pause."""
+    """Has one text after the other, each after a pause; then it is over, or fails."""
 
     def __init__(self, *texts: str, pause_s: float = 0.0, error: Exception | None = None) -> None:
-        self.is_closed = False
-        self._texts = list(texts)
+        self._coming = list(texts)
+        self._ready: list[str] = []
         self._pause_s = pause_s
         self._error = error
 
-    async def next(self) -> str:
-        await asyncio.sleep(self._pause_s)
-        if self._texts:
-            return self._texts.pop(0)
-        if self._error is not None:
-            raise self._error
-        return ""
+    @property
+    def is_over(self) -> bool:
+        return not self._coming and not self._ready and self._error is None
 
-    async def close(self) -> None:
-        self.is_closed = True
+    def listen(self, on_news: Callable[[], None]) -> None:
+        self._on_news = on_news
+        asyncio.get_running_loop().call_later(self._pause_s, self._come)
+
+    def take(self) -> str:
+        if not self._ready and not self._coming and self._error is not None:
+            raise self._error
+        text, self._ready = "".join(self._ready), []
+        return text
+
+    def _come(self) -> None:
+        has_more = len(self._coming) > 1 or self._error is not None
+        if self._coming:
+            self._ready.append(self._coming.pop(0))
+            if has_more:
+                asyncio.get_running_loop().call_later(self._pause_s, self._come)
+        self._on_news()
 
 
 @dataclass
 class Client:
     """What a server hands an application, and what a client gets of it."""
 
-    send_s: float = 0.0  # that each message takes
+    send_s: float | None = None  # that each message takes; None: it need not be waited for
     leaves_at: bytes | None = None  # `send` fails with this body
     hangs_up_at: bytes | None = None  # `receive` tells so after this body
     got: list[bytes] = field(default_factory=list)
@@ -61,7 +73,8 @@ class Client:
     async def send(self, message: Any) -> None:
         assert not self.is_busy, "two messages at once"
         self.is_busy = True
-        await asyncio.sleep(self.send_s)
+        if self.send_s is not None:
+            await asyncio.sleep(self.send_s)
         self.is_busy = False
         body = message.get("body", b"head")
         if body == self.leaves_at:
@@ -72,17 +85,26 @@ class Client:
 
 
 def stream_to(client: Client, texts: Texts, keep_alive_s: float = 15.0) -> list[bytes]:
-    """What the client gets; the stream's end is told exactly once and its source is closed."""
+    """What the client gets; the stream's end is told exactly once."""
     ended: list[bool] = []
     stream = EventStream(texts, lambda: ended.append(True), {}, keep_alive_s)
     try:
         asyncio.run(stream({"type": "http"}, client.receive, client.send))
     finally:
-        assert ended == [True] and texts.is_closed
+        assert ended == [True]
     return client.got
 
 
-def test_texts_are_sent_one_by_one_in_their_order() -> None:
+@pytest.mark.parametrize("send_s", [None, 0.0, 0.02])
+@pytest.mark.parametrize("pause_s", [0.0, 0.01])
+def test_everything_is_sent_in_its_order(send_s: float | None, pause_s: float) -> None:
+    events = [f"data: {number}\n\n" for number in range(20)]
+    got = stream_to(Client(send_s), Texts(*events, pause_s=pause_s))
+    assert got[0] == b"head" and got[-1] == b"" and b"" not in got[:-1]
+    assert b"".join(got[1:]) == "".join(events).encode()
+
+
+def test_what_is_ready_together_is_sent_together() -> None:
     texts = Texts("data: 1\n\ndata: 2\n\n", "data: 3\n\n")
     assert stream_to(Client(), texts) == [b"head", b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n", b""]
 
@@ -96,13 +118,13 @@ def test_silence_is_filled_with_comments() -> None:
         b"data: 2\n\n",
         b"",
     ]
-    for before in (b"data: 1\n\n", b"data: 2\n\n", b""):
+    for before in (b"data: 1\n\n", b"data: 2\n\n"):
         assert got[got.index(before) - 1] == KEEP_ALIVE
 
 
 def test_a_stream_that_talks_needs_no_comments() -> None:
-    texts = Texts(*["data: 1\n\n"] * 10, pause_s=0.02)
-    assert KEEP_ALIVE not in stream_to(Client(), texts, keep_alive_s=0.15)
+    texts = Texts(*["data: 1\n\n"] * 30, pause_s=0.05)
+    assert KEEP_ALIVE not in stream_to(Client(), texts, keep_alive_s=0.8)
 
 
 def test_no_comment_comes_into_a_pause_for_a_slow_client() -> None:
@@ -119,10 +141,12 @@ def test_what_comes_while_a_comment_is_sent_waits_for_it(pause_s: float) -> None
     assert [one for one in got if one.startswith(b"data")] == [b"data: 1\n\n", b"data: 2\n\n"]
 
 
+@pytest.mark.parametrize("send_s", [None, 0.01])
 @pytest.mark.parametrize(
-    "client", [Client(leaves_at=b"data: 2\n\n"), Client(hangs_up_at=b"data: 1\n\n")]
+    "way", [{"leaves_at": b"data: 2\n\n"}, {"hangs_up_at": b"data: 1\n\n"}], ids=["send", "receive"]
 )
-def test_a_client_that_leaves_ends_it(client: Client) -> None:
+def test_a_client_that_leaves_ends_it(way: dict[str, Any], send_s: float | None) -> None:
+    client = Client(send_s, **way)
     texts = Texts(*(f"data: {n}\n\n" for n in range(1, 1000)), pause_s=0.01)
     got = stream_to(client, texts)
     assert got[:2] == [b"head", b"data: 1\n\n"] and len(got) < 5
@@ -132,8 +156,9 @@ def test_a_client_that_leaves_ends_it_in_the_middle_of_silence() -> None:
     assert stream_to(Client(hangs_up_at=b"head"), Texts("data: 1\n\n", pause_s=60)) == [b"head"]
 
 
-def test_a_defect_of_the_source_ends_it_without_a_proper_end() -> None:
-    client = Client()
+@pytest.mark.parametrize("send_s", [None, 0.01])
+def test_a_defect_of_the_source_ends_it_without_a_proper_end(send_s: float | None) -> None:
+    client = Client(send_s)
     with pytest.raises(ValueError, match="a defect"):
         stream_to(client, Texts("data: 1\n\n", error=ValueError("a defect")))
     assert client.got == [b"head", b"data: 1\n\n"]  # so that nobody takes it for complete

@@ -278,13 +278,12 @@ def all_trials(compiler: GuideCompiler) -> list[Trial]:
 
 def test_a_lost_process_is_no_fault_of_the_grammar(vocabulary: Vocabulary) -> None:
     async def use(compiler: GuideCompiler) -> None:
-        for _ in range(2):
-            await compiler.compile(INTEGER)
+        for source in "abc":
+            await compiler.compile(Grammar(GrammarKind.REGEX, source))
             for trial in all_trials(compiler):
                 if trial._process is not None:
                     os.kill(trial._process.pid, signal.SIGKILL)
                     trial._process.wait()
-            await compiler.compile(Grammar(GrammarKind.REGEX, "again"))
 
     with_compiler(vocabulary, use)
 

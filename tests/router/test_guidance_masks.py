@@ -6,6 +6,7 @@ The shards sample by chance among what the masks allow, so an answer is valid on
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 
+from tessera.router import guidance_compile, guidance_masks
 from tessera.router.blocks import BlockPool
 from tessera.router.core import Core
 from tessera.router.errors import GenerationError
@@ -25,7 +28,14 @@ from tessera.router.guidance_compile import Guide
 from tessera.router.metrics import Metrics
 from tessera.router.request import FinishReason
 from tessera.router.scheduler import SchedulerLimits
-from tests.router.guided_shards import EOS, GuidedShards, Guides, events_of, guided_request
+from tests.router.guided_shards import (
+    EOS,
+    SOON_S,
+    GuidedShards,
+    Guides,
+    events_of,
+    guided_request,
+)
 from tests.router.json_schemas import supported
 
 T = TypeVar("T")
@@ -170,7 +180,7 @@ class Client:
     """One request and what its client does."""
 
     prompt: tuple[int, ...]
-    grammar: int | None  # index into GRAMMARS
+    grammar: int | None  # index into `all_guides`
     max_new_tokens: int
     has_stop: bool
     fails_at: int | None  # its sequence fails at this generated token
@@ -186,13 +196,22 @@ GRAMMARS = (
 Outcome = tuple[list[int], str]
 
 
+def all_guides(guides: Guides) -> list[Guide]:
+    """Those of GRAMMARS, and once more as if each of their masks took long."""
+    return [
+        guides.compile(grammar, is_slow=is_slow)
+        for is_slow in (False, True)
+        for grammar in GRAMMARS
+    ]
+
+
 @st.composite
 def clients_strategy(draw: st.DrawFn) -> list[Client]:
     maybe = st.none() | st.integers(1, 12)
     return [
         Client(
             prompt=(PROMPT,) * draw(st.integers(0, 20)) + (500 + number,),
-            grammar=draw(st.none() | st.integers(0, len(GRAMMARS) - 1)),
+            grammar=draw(st.none() | st.integers(0, 2 * len(GRAMMARS) - 1)),
             max_new_tokens=draw(st.integers(1, 16)),
             has_stop=draw(st.booleans()),
             fails_at=draw(maybe),
@@ -253,7 +272,7 @@ def serve(
 def test_everybody_reads_what_they_would_read_alone(
     guides: Guides, clients: list[Client], lookahead: int, delay: int, num_blocks: int
 ) -> None:
-    compiled = [guides.compile(grammar) for grammar in GRAMMARS]
+    compiled = all_guides(guides)
     alone = [serve(guides, compiled, [client], 0, 0, 24)[0] for client in clients]
     assert serve(guides, compiled, clients, lookahead, delay, num_blocks) == alone
 
@@ -261,10 +280,91 @@ def test_everybody_reads_what_they_would_read_alone(
 def test_neighbours_of_guided_requests_read_what_they_always_do(guides: Guides) -> None:
     plain = [Client((PROMPT, 500 + n), None, 12, False, None, None, n) for n in range(3)]
     guided = [Client((PROMPT, 600 + n), n, 12, False, None, None, 0) for n in range(3)]
-    compiled = [guides.compile(grammar) for grammar in GRAMMARS]
+    compiled = all_guides(guides)
     alone = serve(guides, compiled, plain, 1, 1, 100)
     assert serve(guides, compiled, [*plain, *guided], 1, 1, 100)[:3] == alone
     assert all(len(ids) > 1 for ids, _ in alone)
+
+
+def test_a_slow_guide_says_the_same_whatever_else_is_going_on(guides: Guides) -> None:
+    clients = [Client((PROMPT, 500 + n), n, 12, False, None, None, n) for n in range(6)]
+    quick = serve(guides, all_guides(guides)[:3] * 2, clients, 1, 1, 100)
+    assert serve(guides, all_guides(guides), clients, 1, 1, 100) == quick
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_nobody_waits_for_a_slow_mask(
+    guides: Guides, monkeypatch: pytest.MonkeyPatch, lookahead: int
+) -> None:
+    gate, timed_mask = threading.Event(), guidance_masks._timed_mask
+
+    def waiting(*job: Any) -> tuple[bytes | None, float]:
+        assert gate.wait(SOON_S)
+        return timed_mask(*job)
+
+    monkeypatch.setattr(guidance_masks, "_timed_mask", waiting)
+    letters = guides.compile(Grammar(GrammarKind.REGEX, "[a-d]{60}"), is_slow=True)
+    others = [Client((PROMPT, 600 + n), n or None, 30, False, None, None, 0) for n in range(3)]
+    compiled = all_guides(guides)
+
+    async def use(core: Core) -> list[Outcome]:
+        stream = core.submit(guided_request((PROMPT, 500), letters, 80))
+        gate.set()
+        events = await stream.next_events()
+        gate.clear()
+        outcomes = await asyncio.gather(*(read(core, client, compiled) for client in others))
+        assert len(events) < 5
+        gate.set()
+        async for event in events_of(stream):
+            events.append(event)
+        assert re.fullmatch("[a-d]{60}", "".join(event.text for event in events))
+        return list(outcomes)
+
+    alone = [serve(guides, compiled, [client], 0, 0, 100)[0] for client in others]
+    assert with_core(guides, GuidedShards, use, lookahead) == alone
+
+
+def test_what_turns_slow_goes_on_as_slow(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [Client((PROMPT, 500 + n), n, 12, False, None, None, n) for n in range(3)]
+    expected = serve(guides, all_guides(guides), clients, 1, 1, 100)
+    timed_mask, num_alone = guidance_masks._timed_mask, 0
+
+    def slower(*job: Any) -> tuple[bytes | None, float]:
+        nonlocal num_alone
+        num_alone += 1
+        return timed_mask(*job)[0], 2 * guidance_masks.SLOW_S
+
+    monkeypatch.setattr(guidance_masks, "SUSPECT_S", -1.0)
+    monkeypatch.setattr(guidance_masks, "_timed_mask", slower)
+    assert serve(guides, all_guides(guides), clients, 1, 1, 100) == expected
+    assert num_alone > 3
+
+
+def test_what_takes_far_too_long_ends_alone_and_the_log_tells_its_hash(
+    guides: Guides, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    timed_mask = guidance_masks._timed_mask
+    monkeypatch.setattr(guidance_masks, "_timed_mask", lambda *job: (timed_mask(*job)[0], 1.0))
+    slow, other = (Client((PROMPT, 500 + n), n, 12, False, None, None, 0) for n in (3, 0))
+    outcomes = serve(guides, all_guides(guides), [slow, other], 1, 1, 100)
+    assert [reason for _, reason in outcomes] == ["failed", "eos_token"]
+    assert len(outcomes[0][0]) == 2  # seconds that are too many
+    assert f"grammar {GRAMMARS[0].digest} failed in an answer: it takes too long" in caplog.text
+    assert GRAMMARS[0].source not in caplog.text
+
+
+def test_a_guide_that_runs_out_of_states_ends_its_request_alone(
+    guides: Guides, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = Grammar(GrammarKind.REGEX, "(.*a.{25}|.*b.{30}|.*c.{35})")
+    limits = LLParserLimits(max_lexer_states=300, verbose_errors=False)
+    monkeypatch.setattr(guidance_compile, "_limits", lambda kind, share: limits)
+    compiled = [guides.compile(many), guides.compile(GRAMMARS[0])]
+    clients = [Client((PROMPT, 500 + n), n, 99, False, None, None, 0) for n in range(2)]
+    outcomes = serve(guides, compiled, clients, 1, 1, 100)
+    assert [reason for _, reason in outcomes] == ["failed", "eos_token"]
+    assert f"grammar {many.digest} failed in an answer: its expressions" in caplog.text
+    assert many.source not in caplog.text
 
 
 def test_a_matcher_that_fails_ends_its_request_alone(
@@ -277,7 +377,7 @@ def test_a_matcher_that_fails_ends_its_request_alone(
             token_id = super()._choose(tokens, mask)
             return 310 if tokens[:2] == [PROMPT, 500] else token_id
 
-    compiled = [guides.compile(grammar) for grammar in GRAMMARS]
+    compiled = all_guides(guides)
     bad, good = (Client((PROMPT, n), 1, 12, False, None, None, 0) for n in (500, 501))
 
     async def use(core: Core) -> list[Outcome]:

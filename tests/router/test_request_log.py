@@ -137,7 +137,6 @@ def test_a_client_that_leaves_has_a_line_too(
         (FakeGenerator(ready=False), "x", "ERROR", 503, "healthcheck"),
         (FakeGenerator(Script(error=GenerationError("nan"))), "x", "ERROR", 424, "generation"),
         (FakeGenerator(Script(error=ValueError("bug"))), "x", "ERROR", 500, "internal"),
-        (FakeGenerator(Script(end_early=True)), "x", "ERROR", 500, "incomplete_generation"),
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])

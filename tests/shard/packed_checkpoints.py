@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from tests import checkpoints
 from tests.checkpoints import Array
@@ -30,6 +30,8 @@ class Packing:
     file_format: str = ""  # of GPTQ: "gptq", "gptq_v2"
     text_only: bool = True
     bias: float | None = None  # GPTQ tools write one for every linear
+    symmetric: bool = False  # of GPTQ: the zero point is in the middle
+    act_order: bool = False  # of GPTQ: the inputs of a group lie anywhere
 
     @property
     def config(self) -> dict[str, Any]:
@@ -37,14 +39,14 @@ class Packing:
         if self.method == "awq":
             return common | {"version": "gemm", "zero_point": True, "modules_to_not_convert": None}
         named = {"checkpoint_format": self.file_format} if self.file_format else {}
-        return common | {"desc_act": False, "sym": False} | named
+        return common | {"desc_act": self.act_order, "sym": self.symmetric} | named
 
 
 def convert(source: Path, packed: Path, plain: Path, packing: Packing) -> None:
     """Write `source` with packed linears, and once more with the floats these stand for."""
     tensors: dict[str, Array] = {}
     for path in source.glob("*.safetensors"):
-        tensors |= load_file(path)
+        tensors |= {name: x.float().numpy() for name, x in load_file(path).items()}
     few, floats = dict(tensors), {k: v.astype(np.float32) for k, v in tensors.items()}
     for name in tensors:
         match = LINEAR.fullmatch(name)
@@ -71,16 +73,21 @@ def pack_linear(weight_OI: Array, packing: Packing) -> tuple[dict[str, Array], A
     size = inputs if packing.group_size == -1 else packing.group_size
     groups = -(-inputs // size)
     group_I = np.arange(inputs) // size
+    if packing.act_order:
+        np.random.default_rng(inputs).shuffle(group_I)
     top = 2**packing.bits - 1
     scales = np.zeros((groups, outputs), np.float16)
     zeros = np.zeros((groups, outputs), np.int64)
     for g in range(groups):
         part = weight_OI[:, group_I == g]
         low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+        if packing.symmetric:
+            high = np.maximum(-low, high)
+            low = -high
         scales[g] = ((high - low) / top).astype(np.float16)
         zeros[g] = np.round(-low / scales[g].astype(np.float32))
     # A zero point of 0 cannot be written less 1.
-    zeros = np.clip(zeros, 1, top)
+    zeros = np.full_like(zeros, (top + 1) // 2) if packing.symmetric else np.clip(zeros, 1, top)
     steps = scales.astype(np.float32)[group_I]  # [I, O]
     codes = np.clip(np.round(weight_OI.T / steps + zeros[group_I]), 0, top).astype(np.int64)
     floats = ((codes - zeros[group_I]).astype(np.float32) * steps).T

@@ -341,6 +341,16 @@ def test_warm_up_fills_what_the_largest_step_leaves(model: TableModel) -> None:
     assert reply.peak_step_bytes == 20_000
 
 
+def test_warm_up_counts_the_bytes_of_a_cache_in_8_bits(model: TableModel) -> None:
+    placement = Placement(
+        SmallDevice(100_000, 20_000), Group(), torch.float32, cache_dtype=torch.float8_e4m3fn
+    )
+    engine = Engine(model, placement, BLOCK_SIZE)
+    reply = warm_up(engine, request(), memory_fraction=0.5, layout=None)
+    assert reply.block_bytes == 256 // 4
+    assert reply.num_blocks == (50_000 - 20_000 - 2_500) // 64
+
+
 def test_warm_up_that_does_not_fit_names_settings_values_that_fit_and_what_takes_the_memory(
     model: TableModel,
 ) -> None:

@@ -138,3 +138,12 @@ def test_as_a_program() -> None:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tessera.shard.footprint", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_cache_in_8_bits(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("next-mistral")
+    wide, few = (
+        footprint(folder, 1, "cpu", "bfloat16", kv_cache_dtype=kept).kv_token
+        for kept in ("auto", "fp8_e5m2")
+    )
+    assert wide == 2 * few > 0

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tessera.shard.errors import CheckpointError
 from tessera.shard.models import load_model
-from tessera.shard.parallel import Group
+from tessera.shard.models.base import Placement
 from tessera.shard.quantization_names import quantization
 from tests import checkpoints
 from tests.shard.models.cases import ATOL, mixed_cases, text_case
@@ -30,6 +31,12 @@ PACKINGS = {
     "gptq 8": Packing("gptq", bits=8, group_size=64, file_format="gptq"),
     "gptq row": Packing("gptq", group_size=-1),
     "gptq bias": Packing("gptq", bias=0.0),
+    "gptq symmetric": Packing("gptq", group_size=64, symmetric=True),
+}
+ACT_ORDERS = {
+    "4": Packing("gptq", act_order=True),
+    "4 64": Packing("gptq", group_size=64, symmetric=True, act_order=True),
+    "8": Packing("gptq", bits=8, group_size=64, act_order=True, file_format="gptq_v2"),
 }
 Make = Callable[..., tuple[Path, Path]]
 
@@ -125,11 +132,13 @@ def test_old_files_say_it_in_a_file_of_their_own(make: Make) -> None:
     torch.testing.assert_close(ours, Oracle(plain).logits(case), atol=ATOL, rtol=0)
 
 
+def place_of(name: str) -> Placement:
+    return replace(placement(), quantization=quantization(name))
+
+
 def refusal(folder: Path, name: str = "") -> str:
-    place = placement()
-    place = type(place)(place.backend, Group(), place.dtype, quantization(name))
     with pytest.raises(CheckpointError) as caught:
-        load_model(folder, place)
+        load_model(folder, place_of(name))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -151,11 +160,40 @@ def change_tensors(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_another_order_of_inputs_is_refused(make: Make) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ACT_ORDERS)
+def test_groups_of_inputs_that_lie_apart_are_rounded_once_more(
+    name: str, world_size: int, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To 8 bits, from the floats that the file stands for."""
+    packed, plain = make("next-mistral", ACT_ORDERS[name])
+    oracle = Oracle(plain)
+    case = text_case(oracle)
+    with caplog.at_level(logging.INFO):
+        logits, *_ = on_ranks(
+            world_size, lambda group: Runner(packed, placement(group=group)).logits(case.prompt)
+        )
+    twice = place_of("int8")
+    torch.testing.assert_close(logits, Runner(plain, twice).logits(case.prompt), atol=ATOL, rtol=0)
+    expected = oracle.logits(case)
+    assert (logits - expected).norm() / expected.norm() < 0.05
+    assert "(gptq checkpoint), rounded once more to 8 (desc_act)" in caplog.text
+
+
+def test_an_order_that_was_not_announced_is_refused(make: Make) -> None:
     packed, _ = make("mistral", PACKINGS["gptq"])
     order = np.arange(128, dtype=np.int32)[::-1].copy() // 32
     message = refusal(change_tensors(packed, g_idx=order))
-    assert "layers.1.self_attn.q_proj are not made of neighbouring inputs (desc_act)" in message
+    assert "layers.1.self_attn.q_proj are not made of neighbouring inputs, but" in message
+    assert "desc_act=false" in message
+
+
+@pytest.mark.parametrize("beyond", [-1, 4])
+def test_groups_that_are_not_there_are_refused(beyond: int, make: Make) -> None:
+    packed, _ = make("mistral", ACT_ORDERS["4"])
+    order = np.arange(128, dtype=np.int32) // 32
+    order[77] = beyond
+    assert "names groups beyond the 4" in refusal(change_tensors(packed, g_idx=order))
 
 
 def test_an_order_that_must_be_told(make: Make) -> None:
@@ -214,11 +252,9 @@ def test_a_setting_that_contradicts_the_checkpoint(make: Make) -> None:
 @pytest.mark.parametrize("name", ["awq", "int4", "int8"])
 def test_settings_that_do_not(name: str, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     packed, plain = make("mistral", PACKINGS["awq"])
-    place = placement()
-    place = type(place)(place.backend, place.group, place.dtype, quantization(name))
     case = text_case(Oracle(plain))
     with caplog.at_level(logging.INFO):
-        runner = Runner(packed, place)
+        runner = Runner(packed, place_of(name))
     assert "linear layers are in 4 bits (awq checkpoint)" in caplog.text
     assert ("changes nothing" in caplog.text) == (name == "int8")
     logits = runner.logits(case.prompt)

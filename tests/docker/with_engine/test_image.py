@@ -3,19 +3,21 @@
 import base64
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
 
 from tests.clients.expectations import is_three
-from tests.docker.build import BASE, IMAGE, SECRET_MARK, build_image
-from tests.docker.container import HARDENED, Container, started
+from tests.docker.build import SECRET_MARK
+from tests.docker.container import HARDENED, Container, started, streamed
 from tests.docker.engine import ROOT, Engine
 
 pytestmark = pytest.mark.timeout(1200)  # the first one builds the image
 
 PICTURE = base64.b64encode((ROOT / "launcher/demo/picture.png").read_bytes()).decode()
+NUM_STREAMS, LENGTH = 6, 400
 QUESTION = f"<image>{PICTURE}</image>\nHow many shapes are there?"
 
 
@@ -25,8 +27,7 @@ def test_a_question_about_a_picture(server: Container) -> None:
 
 
 def test_a_stream(server: Container) -> None:
-    client = InferenceClient(server.url)
-    pieces = list(client.text_generation(QUESTION, max_new_tokens=20, stream=True))
+    pieces = streamed(server.url, QUESTION)
     assert len(pieces) > 1 and is_three("".join(pieces))
 
 
@@ -67,25 +68,27 @@ def test_no_tools_and_no_secrets_stay_behind(engine: Engine, image: str) -> None
 
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["as process 1", "under --init"])
-def test_a_stop_finishes_what_is_under_way(
-    engine: Engine, image: str, init: tuple[str, ...]
-) -> None:
+def test_a_stop_loses_no_request(engine: Engine, image: str, init: tuple[str, ...]) -> None:
     with started(engine, image, *HARDENED, *init) as container:
         container.wait_ready()
-        body = {"inputs": "Hello", "parameters": {"max_new_tokens": 500, "ignore_eos_token": True}}
-        body["stream"] = True
-        with httpx.stream(
-            "POST", f"{container.url}/generate_stream", json=body, timeout=60
-        ) as reply:
-            lines = reply.iter_lines()
-            first = next(line for line in lines if line.startswith("data:"))
-            stop = threading.Thread(target=engine.run, args=("stop", "-t", "60", container.name))
-            stop.start()
-            rest = [line for line in lines if line.startswith("data:")]
-        stop.join()
-        last = json.loads(rest[-1].removeprefix("data:"))
-        assert first and "generated_text" in last and last["generated_text"], last
+        begun = threading.Barrier(NUM_STREAMS + 1)
+        with ThreadPoolExecutor(NUM_STREAMS) as pool:
+            streams = [pool.submit(long_stream, container.url, begun) for _ in range(NUM_STREAMS)]
+            begun.wait(60)
+            engine.run("stop", "-t", "60", container.name)
+            assert [stream.result() for stream in streams] == ["red " * LENGTH] * NUM_STREAMS
         assert container.exit_code == 0, container.log
+
+
+def long_stream(url: str, begun: threading.Barrier) -> str:
+    """The whole answer of a stream that has begun when all have."""
+    grammar = {"type": "regex", "value": f"(red ){{{LENGTH}}}"}
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 2000, "grammar": grammar}}
+    with httpx.stream("POST", f"{url}/generate_stream", json=body, timeout=60) as reply:
+        events = (line for line in reply.iter_lines() if line.startswith("data:"))
+        next(events)
+        begun.wait(60)
+        return str(json.loads(list(events)[-1].removeprefix("data:"))["generated_text"])
 
 
 def test_orphans_are_buried(server: Container) -> None:
@@ -129,14 +132,3 @@ def test_too_little_memory_is_a_sentence(engine: Engine, image: str) -> None:
     with started(engine, image, "--memory=700m", flags=flags) as container:
         container.wait_ready()
         assert "MAX_BATCH_TOTAL_TOKENS" in container.log
-
-
-@pytest.mark.parametrize("kind", ["cuda", "xpu"])
-def test_images_for_gpus_are_built_like_this_one(engine: Engine, image: str, kind: str) -> None:
-    """On the same base, with the same torch: what is the project's in them, nothing of a vendor."""
-    base = f"--build-arg=BASE_IMAGE={BASE}"
-    build_image(engine, f"Dockerfile.{kind}", f"{IMAGE}-{kind}", base)
-    asked = engine.try_run("run", "--rm", f"{IMAGE}-{kind}")
-    assert asked.returncode == 1 and f"DEVICE={kind} but this machine shows no" in asked.stderr
-    compiler = engine.run("run", "--rm", "--entrypoint=gcc", f"{IMAGE}-{kind}", "--version")
-    assert "gcc" in compiler  # for Triton

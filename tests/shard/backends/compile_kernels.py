@@ -6,6 +6,10 @@ with tensors on the host; every launch becomes a compilation, of which one JSON 
 """
 
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +45,14 @@ class AbsentGpu:
         return 0
 
 
+def spills(ptx: str) -> int:
+    """Bytes that a thread stores outside its registers, as NVIDIA's assembler counts them."""
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [str(assembler), "-v", "--gpu-name=sm_90a", "-o", os.devnull, "-"]
+    told = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", told))
+
+
 def compile_only(run: Any, kernel: "JITFunction[Any]", *args: object, **options: object) -> Any:
     """In place of `JITFunction.run`: compile for the arguments, launch nothing."""
     compiled = run(kernel, *args, **(options | {"warmup": True}))
@@ -48,8 +60,10 @@ def compile_only(run: Any, kernel: "JITFunction[Any]", *args: object, **options:
         json.dumps(
             {
                 "kernel": kernel.__name__,
+                "dtype": triton.runtime.jit.mangle_type(args[0]).removeprefix("*"),
                 "cubin": len(compiled.asm["cubin"]),
                 "shared": compiled.metadata.shared,
+                "spills": spills(compiled.asm["ptx"]),
                 "matrix_units": any(word in compiled.asm["ptx"] for word in ("wgmma", "mma.sync")),
             }
         ),
@@ -75,6 +89,7 @@ def main() -> None:
     backend.add_rms_norm(x_TD, None, weight_D, 1e-5)
     backend.add_rms_norm(x_TD, x_TD, weight_D, 1e-5)
     backend.silu_mul(torch.zeros(40, 2 * 14336, dtype=dtype))
+    backend.draw(torch.zeros(40, 32064), torch.zeros(40, dtype=torch.int64))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class SimulatedDevice:
 
     def _note_copy(self, source: Tensor, is_there: bool, **named: Any) -> None:
         was_there = isinstance(source, SimulatedTensor)
-        if was_there and not is_there:
+        if was_there and not is_there and not named.get("non_blocking"):
             self.note_wait("copy to the host")
         if is_there and not was_there and not (named.get("non_blocking") and is_pinned(source)):
             self.note_wait("copy of pageable memory")

@@ -12,6 +12,7 @@ from tests.shard.backends.simulated_device import pin_memory, simulated_device
 
 FREE_BYTES, TOTAL_BYTES = 3 << 30, 4 << 30
 RESERVED_BYTES, ALLOCATED_BYTES = 1 << 20, 1 << 18
+PROPERTIES = {"gpu_subslice_count": 4, "has_fp64": True}
 
 
 class SimulatedEvent:
@@ -41,7 +42,7 @@ def _synchronize(device: torch.device) -> None:
 
 STAND_INS = {
     "Event": SimulatedEvent,
-    "get_device_properties": lambda device: SimpleNamespace(gpu_subslice_count=4),
+    "get_device_properties": lambda device: SimpleNamespace(**PROPERTIES),
     "is_available": lambda: True,
     "max_memory_allocated": lambda device: ALLOCATED_BYTES,
     "mem_get_info": lambda device: (FREE_BYTES, TOTAL_BYTES),

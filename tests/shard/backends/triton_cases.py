@@ -1,0 +1,94 @@
+"""What only Triton's kernels promise. Run by `test_triton.py`, interpreted."""
+
+import pytest
+import torch
+
+from tessera.shard.backends.base import StepLayout
+from tessera.shard.backends.triton_attention import Tiles, attend_chunks, attend_decodes, num_splits
+from tessera.shard.backends.triton_backend import TritonBackend
+from tests.shard.backends.pool import CPU, NAN, Pool, assert_close
+
+HEADS = (6, 2, 24)
+
+
+def decodes(lengths: list[int], dtype: torch.dtype) -> tuple[Pool, torch.Tensor, StepLayout]:
+    """Sequences whose last token is computed; queries and layout of that step."""
+    pool = Pool(lengths, HEADS, dtype)
+    for s, length in enumerate(lengths):
+        pool.fill(s, 0, length)
+    parts = [(s, length - 1, length) for s, length in enumerate(lengths)]
+    q_TNH = torch.cat([pool.sequences[s].q_CNH[-1:] for s in range(len(lengths))])
+    return pool, q_TNH, pool.layout(parts)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("tiles", "dtype"),
+    [(Tiles(16, 16, 4, 1), torch.float32), (Tiles(32, 64, 4, 2), torch.float16)],
+)
+def test_triton_decodes_in_any_parts(
+    tiles: Tiles, splits: int, window: int | None, dtype: torch.dtype
+) -> None:
+    lengths = [1, 16, 33, 100]
+    pool, q_TNH, layout = decodes(lengths, dtype)
+    out_TNH = torch.full_like(q_TNH, NAN)
+    attend_decodes(out_TNH, q_TNH, pool.cache, layout, len(lengths), window, splits, tiles)
+    for s, length in enumerate(lengths):
+        assert_close(out_TNH[s : s + 1], pool.expected(s, length - 1, length, window))
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+def test_triton_rows_of_no_sequence_give_zeros(splits: int) -> None:
+    """Recorded steps are filled up with them."""
+    pool, q_TNH, layout = decodes([40, 40, 40], torch.float32)
+    layout.context_lens_S[1] = 0
+    out_TNH = torch.full_like(q_TNH, NAN)
+    attend_decodes(out_TNH, q_TNH, pool.cache, layout, 3, None, splits)
+    assert (out_TNH[1] == 0).all()
+    assert_close(out_TNH[2:], pool.expected(2, 39, 40))
+
+
+def test_triton_splits_depend_on_the_batch_alone() -> None:
+    """A recording is replayed with other lengths: what the host said of them must not matter."""
+    pool, q_TNH, layout = decodes([90, 5], torch.float32)
+    recorded = StepLayout(
+        layout.positions_T,
+        layout.slots_T,
+        layout.query_start_S1,
+        layout.context_lens_S,
+        layout.block_tables_SM,
+        layout.query_start,
+        context_lens=(1, 1),
+    )
+    out_TNH = TritonBackend(CPU, units=12).attend(q_TNH, pool.cache, recorded, None)
+    assert_close(out_TNH[:1], pool.expected(0, 89, 90))
+    assert_close(out_TNH[1:], pool.expected(1, 4, 5))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(
+    ("tiles", "dtype"),
+    [(Tiles(16, 16, 4, 1), torch.float16), (Tiles(64, 32, 4, 2), torch.float32)],
+)
+def test_triton_chunks_in_any_tiles(tiles: Tiles, window: int | None, dtype: torch.dtype) -> None:
+    pool = Pool([70, 3, 41], HEADS, dtype)
+    pool.fill(0, 0, 40)
+    pool.fill(2, 0, 1)
+    parts = [(0, 40, 70), (1, 0, 3), (2, 1, 41)]
+    for part in parts:
+        pool.fill(*part)
+    q_TNH = torch.cat([pool.sequences[s].q_CNH[first:last] for s, first, last in parts])
+    out_TNH = torch.full_like(q_TNH, NAN)
+    attend_chunks(out_TNH, q_TNH, pool.cache, pool.layout(parts), 0, window, tiles)
+    for part, got in zip(parts, torch.split(out_TNH, [30, 3, 40]), strict=True):
+        assert_close(got, pool.expected(*part, window))
+
+
+def test_triton_cuts_contexts_of_few_sequences_only() -> None:
+    assert num_splits(1, 8, 132) == 64
+    assert num_splits(32, 8, 132) == 4
+    assert num_splits(256, 8, 132) == 1
+    splits = [num_splits(batch, 8, 132) for batch in range(1, 257)]
+    assert splits == sorted(splits, reverse=True)
+    assert all(each & (each - 1) == 0 for each in splits)
