@@ -132,11 +132,11 @@ def make(kind: str, changes: Mapping[str, Any], folder: Path) -> Path:
 def _fill_vocabulary(path: Path, vocab_size: int) -> None:
     """Pieces for the ids that the small tokenizer does not have; no text is cut into them."""
     tokenizer = json.loads(path.read_text())
-    added = {token["id"] for token in tokenizer["added_tokens"]}
     pieces = tokenizer["model"]["vocab"]
+    # Those that are no pieces would be numbered anew, behind all pieces.
+    added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     for token_id in range(BASE_VOCABULARY, vocab_size):
-        if token_id not in added:
-            pieces[f"▁w{token_id}"] = token_id
+        pieces[added.get(token_id, f"▁w{token_id}")] = token_id
     path.write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 

@@ -24,7 +24,7 @@ import aiohttp
 from tokenizers import Tokenizer
 
 from benchmark.checkpoints import CACHE, checkpoint
-from benchmark.load.client import Client
+from benchmark.load.client import Client, Record
 from benchmark.load.measure import Objective, summarise
 from benchmark.load.protocol import CompletionApi
 from benchmark.load.workload import WORDS, Conversation, Turn
@@ -62,6 +62,7 @@ class Load:
         self._url = url
         self._model = model
         self._prompts = prompts
+        self.records: list[Record] = []  # of the last measurement
 
     async def tokens_per_s(self, streams: int) -> float:
         """Output tokens per second of all streams together, prompts included in the time."""
@@ -81,6 +82,7 @@ class Load:
         async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
             client = Client(session, self._url, CompletionApi(self._model), max_tokens=max_tokens)
             await client.closed_loop(conversations, len(conversations))
+        self.records = client.records
         summary = summarise(client.records, Objective())
         if summary.errors:
             raise OSError(f"requests failed: {summary.errors}")

@@ -38,25 +38,32 @@ RANKS = (1, 2)
 
 
 def times(
-    model: str, cases: Sequence[Case], asked: argparse.Namespace, ranks: int = 1
+    model: str,
+    cases: Sequence[Case],
+    *,
+    checkpoints: Path,
+    threads: int,
+    rounds: int,
+    device: str = "cpu",
+    ranks: int = 1,
 ) -> list[Row]:
     """Run the cases on as many processes as there are ranks, printing each."""
-    folder = checkpoint(model, asked.checkpoints)
+    folder = checkpoint(model, checkpoints)
     environment = os.environ | PASSIVE_OPENMP
-    if asked.threads:
-        environment["OMP_NUM_THREADS"] = str(asked.threads)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     rows = []
     with tempfile.TemporaryDirectory() as meeting:
         workers = []
         for rank in range(ranks):
             order = Order(
                 str(folder),
-                asked.device,
-                asked.threads,
+                device,
+                threads,
                 rank,
                 ranks,
                 f"file://{meeting}/ranks",
-                asked.rounds,
+                rounds,
                 [asdict(case) for case in cases],
             )
             command = [sys.executable, "-m", "benchmark.steps.worker", json.dumps(asdict(order))]
@@ -92,12 +99,13 @@ def cases_of(model: str, only: str) -> list[Case]:
     return [case for case in cases if fnmatch(case.name, only)]
 
 
-def growth(asked: argparse.Namespace, rows: Sequence[Row]) -> dict[str, list[Row]]:
+def growth(rows: Sequence[Row], **settings: Any) -> dict[str, list[Row]]:
     """How times grow with batch, context, tiles and ranks. Pictures were timed before (`rows`)."""
-    panels = {name: times(GROWING, cases, asked) for name, cases in GROWTH.items()}
+    panels = {name: times(GROWING, cases, **settings) for name, cases in GROWTH.items()}
     if tiles := [row for row in rows if row["kind"] == "pictures"]:
         panels["tiles"] = tiles
-    panels["ranks"] = [times(GROWING, [Case("decode", 8, 128)], asked, ranks)[0] for ranks in RANKS]
+    case = Case("decode", 8, 128)
+    panels["ranks"] = [times(GROWING, [case], **settings, ranks=ranks)[0] for ranks in RANKS]
     return panels
 
 
@@ -105,19 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     asked = _parser().parse_args(arguments)
     rows: list[Row] = []
+    settings = {"device": asked.device, "threads": asked.threads, "rounds": asked.rounds}
+    of_times = settings | {"checkpoints": asked.checkpoints}
     for model in asked.models:
         if cases := cases_of(model, asked.only):
-            rows += times(model, cases, asked)
+            rows += times(model, cases, **of_times)
     if not rows:
         print(f"no case is called {asked.only!r}", file=sys.stderr)
         return 2
-    settings = {"device": asked.device, "threads": asked.threads, "rounds": asked.rounds}
     report: dict[str, Any] = {
         "about": provenance("tessera", "torch") | settings | {"shared_machine": asked.shared},
         "steps": rows,
     }
     if asked.growth:
-        report["growth"] = growth(asked, rows)
+        report["growth"] = growth(rows, **of_times)
     if asked.out:
         write_json(asked.out, report)
     if asked.plots:

@@ -14,7 +14,7 @@ from tessera.router.request import Completion, TokenEvent, TokenInfo
 from tessera.router.schemas import ChatBody
 from tessera.router.token_streams import Collected
 from tessera.router.tool_parser import CallSyntax, ToolCallParser
-from tessera.router.tool_replies import call_finish_reason, json_delta, read_answer
+from tessera.router.tool_replies import call_finish_reason, json_delta, read_answer, was_cut
 
 
 def chat_choice(
@@ -68,7 +68,7 @@ class ChatWriter:
             return [f'{{"content":{text_to_json(step.text)}}}'] if step.text else []
         deltas = self._parsers[index].feed(step.text)
         if step.completion is not None:
-            deltas += self._parsers[index].finish()
+            deltas += self._parsers[index].finish(was_cut=was_cut(step.completion))
         return [to_json(json_delta(delta)) for delta in deltas]
 
     def _reason(self, index: int, completion: Completion) -> str:

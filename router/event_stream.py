@@ -3,15 +3,14 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import Awaitable, Callable
 from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
-
-from tessera.router.eager import begin
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
@@ -19,8 +18,12 @@ KEEP_ALIVE_S = 15.0
 KEEP_ALIVE = b":\n\n"
 DONE = "data: [DONE]\n\n"
 
-DIRECT_SEND = "direct_send"
-"""The server's `send` in a request's state, for bodies: no layer in between looks at them."""
+WriteNow = Callable[[bytes], bool]
+"""Writes a piece of a body whose head has been sent, unless something before it still waits for the
+client. Returns whether it did."""
+
+WRITE_NOW = "write_now"
+"""Where the server leaves a request's `WriteNow` in its state."""
 
 # Made once: `json.dumps` makes one for every call.
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
@@ -96,7 +99,7 @@ class TextSource(Protocol):
         ...
 
     def listen(self, on_news: Callable[[], None]) -> None:
-        """Have a function called, by the event loop, whenever there is something to `take`."""
+        """Have a function called, by the event loop, whenever more has come to `take`."""
         ...
 
     def take(self) -> str:
@@ -111,8 +114,8 @@ class EventStream(Response):
     from `send`; either ends the stream at once, also while no event is due. After `keep_alive_s`
     seconds of silence a comment goes out so that proxies do not take the connection for dead.
 
-    Events are sent right where the event loop tells of them. A task sends the rest: what has to
-    wait for a slow client, comments and the end.
+    Where the server offers `WRITE_NOW`, events are written right when the loop tells of them. A
+    task sends what has to wait for a slow client, the comments and the end.
     """
 
     def __init__(
@@ -129,16 +132,16 @@ class EventStream(Response):
         self._texts = texts
         self._on_end = on_end
         self._keep_alive_s = keep_alive_s
+        self._write_now: WriteNow = _never
         self._last_sent = 0.0
-        self._send: Send
-        # Wakes the task, with the rest of what is being sent or with what went wrong. None: it is
-        # awake.
-        self._attention: asyncio.Future[Awaitable[None] | Exception | None] | None = None
+        # Wakes the task; None while it is awake. What has to be sent, or what went wrong.
+        self._attention: asyncio.Future[bytes | Exception] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
+        self._write_now = scope.get("state", {}).get(WRITE_NOW, _never)
         parts = [
-            asyncio.ensure_future(self._send_all(scope, send)),
+            asyncio.ensure_future(self._send_all(send)),
             asyncio.ensure_future(_client_left(receive)),
         ]
         try:
@@ -152,55 +155,53 @@ class EventStream(Response):
             self._on_end()
             await _cancel(*parts)
 
-    async def _send_all(self, scope: Scope, send: Send) -> None:
+    async def _send_all(self, send: Send) -> None:
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        self._send = scope.get("state", {}).get(DIRECT_SEND, send)
-        self._last_sent = _now()
+        self._last_sent = time.monotonic()
         self._texts.listen(self._on_news)
         while not self._texts.is_over:
-            await self._needed()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            if content := await self._next_to_send():
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+                self._last_sent = time.monotonic()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _needed(self) -> None:
-        """Sleep until there is something for the task to do, and do it."""
-        self._attention = attention = asyncio.get_running_loop().create_future()
+    async def _next_to_send(self) -> bytes:
+        """Sleep until there is something for the task to send, perhaps nothing but the end."""
+        attention: asyncio.Future[bytes | Exception] = asyncio.get_running_loop().create_future()
+        self._attention = attention
         self._on_news()
-        await asyncio.wait((attention,), timeout=self._last_sent + self._keep_alive_s - _now())
+        await asyncio.wait((attention,), timeout=self._silence_left_s())
         self._attention = None
-        if attention.done():
-            if isinstance(unsent := attention.result(), Exception):
-                raise unsent
-            if unsent is not None:
-                await unsent
-        elif _now() - self._last_sent >= self._keep_alive_s:
-            await self._send(_body(KEEP_ALIVE))
-        else:
-            return
-        self._last_sent = _now()
+        if not attention.done():
+            return b"" if self._silence_left_s() > 0 else KEEP_ALIVE
+        why = attention.result()
+        if isinstance(why, Exception):
+            raise why
+        return why
+
+    def _silence_left_s(self) -> float:
+        return self._last_sent + self._keep_alive_s - time.monotonic()
 
     def _on_news(self) -> None:
-        """Send what is ready."""
+        """Write what is ready, or wake the task for it."""
         if (attention := self._attention) is None:
-            return  # the task will see to it
-        unsent: Awaitable[None] | Exception | None = None
+            return  # it is awake and will look for itself
+        why: bytes | Exception
         try:
-            if text := self._texts.take():
-                unsent = begin(self._send(_body(text.encode("ascii"))))
-                self._last_sent = _now()
+            why = self._texts.take().encode("ascii")
+            if why and self._write_now(why):
+                self._last_sent = time.monotonic()
+                why = b""
         except Exception as error:
-            unsent = error
-        if unsent is not None or self._texts.is_over:
-            attention.set_result(unsent)
+            why = error
+        if why or self._texts.is_over:
+            attention.set_result(why)
             self._attention = None
 
 
-def _now() -> float:
-    return asyncio.get_running_loop().time()
-
-
-def _body(content: bytes) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": True}
+def _never(_: bytes) -> bool:
+    return False
 
 
 async def _client_left(receive: Receive) -> None:

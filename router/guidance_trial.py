@@ -4,8 +4,8 @@ A grammar can be small and yet take minutes, gigabytes, or the whole stack of wh
 So each is first compiled by a fork of a process that has nothing but the tokenizer, within limits
 that the kernel keeps. What passes is harmless to compile again in the router.
 
-The process speaks JSON lines: first it is told the vocabulary, then each grammar is answered by a
-`Verdict`. It ends with its input.
+First the process is told the vocabulary, then each grammar in a line of JSON, which it answers by a
+line with a `Verdict`. It ends with its input.
 """
 
 import json
@@ -84,7 +84,7 @@ class Trial:
         question = {"kind": grammar.kind.value, "source": grammar.source, "timeout_s": timeout_s}
         try:
             process = self._process = self._process or self._start()
-            _write(process, question)
+            _write(process, json.dumps(question).encode() + b"\n")
             line = _read_line(process, WALL_FACTOR * timeout_s + START_S)
             return _VERDICT.validate_json(line, strict=True, extra="forbid")
         except (OSError, ValueError) as error:  # ended from outside, it hangs, or what it says is
@@ -110,22 +110,25 @@ class Trial:
             stderr=subprocess.DEVNULL,  # the library's own words for a grammar it gives up on
             bufsize=0,
         )
-        _write(process, asdict(self._vocabulary))
+        vocabulary = self._vocabulary
+        definition = vocabulary.definition.encode()  # as it is: JSON of it would take the
+        sizes = [len(definition), vocabulary.size, *vocabulary.eos_ids]  # interpreter too long
+        _write(process, json.dumps(sizes).encode() + b"\n" + definition)
         return process
 
 
-def _write(process: "subprocess.Popen[bytes]", message: object) -> None:
-    """Send a line.
+def _write(process: "subprocess.Popen[bytes]", content: bytes) -> None:
+    """Send all of it.
 
     Raises:
         OSError: nobody reads it, perhaps not for long enough.
     """
     assert process.stdin is not None
-    line = memoryview(json.dumps(message).encode() + b"\n")
-    while line:
+    left = memoryview(content)
+    while left:
         if not select.select([], [process.stdin], [], START_S)[1]:
             raise TimeoutError
-        line = line[os.write(process.stdin.fileno(), line[: select.PIPE_BUF]) :]
+        left = left[os.write(process.stdin.fileno(), left[: select.PIPE_BUF]) :]
 
 
 def _read_line(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
@@ -151,10 +154,11 @@ def main() -> None:
     """Answer grammars until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the router ends this process by its input
     os.nice(NICENESS)
-    vocabulary = Vocabulary(**json.loads(sys.stdin.readline()))
-    tokenizer = vocabulary.load()
-    walker = Walker.of(tokenizer, tuple(vocabulary.eos_ids))
-    for line in sys.stdin:
+    num_bytes, size, *eos_ids = json.loads(sys.stdin.buffer.readline())
+    definition = sys.stdin.buffer.read(num_bytes).decode()
+    tokenizer = Vocabulary(definition, size, tuple(eos_ids)).load()
+    walker = Walker.of(tokenizer, tuple(eos_ids))
+    for line in sys.stdin.buffer:
         child = os.fork()
         if not child:
             _answer(tokenizer, walker, json.loads(line))

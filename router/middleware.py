@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.router.docs import PATHS as DOCS_PATHS
 from tessera.router.errors import PayloadTooLarge, Unauthorized, UnsupportedBody
-from tessera.router.event_stream import DIRECT_SEND
 from tessera.router.metrics.server import OTHER, ServerMetrics
 from tessera.router.playground import PATHS as PLAYGROUND_PATHS
 from tessera.router.replies import InternalError, error_reply
@@ -66,7 +65,6 @@ class ReplyCounter:
             await self._app(scope, receive, send)
             return
         has_begun = False
-        scope.setdefault("state", {})[DIRECT_SEND] = send
 
         async def counting_send(message: Message) -> None:
             nonlocal has_begun

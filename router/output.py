@@ -25,6 +25,8 @@ class Output:
         eager = bool(stopping.stop_sequences)
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_ids, eager=eager)
         self._stop = StopMatcher(stopping.stop_sequences, stopping.include_stop_text)
+        self._min_tokens = stopping.min_tokens
+        self._num_tokens = 0
         self._pieces: list[str] = []
 
     @property
@@ -35,7 +37,9 @@ class Output:
     def add(self, token_id: int) -> OutputStep:
         """Take one more token."""
         token_text = self._detokenizer.token_text_in_context(token_id)
-        text = self._stop.feed(self._detokenizer.add(token_id))
+        self._num_tokens += 1
+        may_stop = self._num_tokens > self._min_tokens
+        text = self._stop.feed(self._detokenizer.add(token_id), may_stop=may_stop)
         self._pieces.append(text)
         return OutputStep(token_text, text, self._stop.matched is not None)
 

@@ -32,7 +32,9 @@ class StoppingParams:
 
     max_new_tokens: int
     stop_sequences: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # it goes on behind an end-of-text token
+    min_tokens: int = 0  # before them no `end_ids` are sampled, and no stop sequence counts
+    end_ids: tuple[int, ...] = ()
     include_stop_text: bool = True  # the native API returns the stop string, OpenAI's does not
 
 

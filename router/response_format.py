@@ -37,7 +37,7 @@ def _forms(body: OpenAIBody) -> Iterator[tuple[str, Grammar]]:
         grammar = _response_format(body.response_format)
         if grammar is not None:
             yield "response_format", grammar
-    outputs = body.structured_outputs or {}
+    outputs = _structured_outputs(body.structured_outputs)
     for key, read in _READERS.items():
         for name, value in (
             (f"structured_outputs.{key}", outputs.get(key)),
@@ -47,6 +47,18 @@ def _forms(body: OpenAIBody) -> Iterator[tuple[str, Grammar]]:
                 yield name, read(value, name)
     if outputs.get("json_object"):
         yield "structured_outputs.json_object", ANY_OBJECT
+
+
+def _structured_outputs(outputs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What of it is set; it must be a form and nothing that would change one."""
+    given = {key: value for key, value in (outputs or {}).items() if value not in (None, False)}
+    if outputs is not None and (not given or given.keys() - _READERS.keys() - {"json_object"}):
+        allowed = ", ".join([*_READERS, "json_object"])
+        raise ValidationError(
+            f"`structured_outputs` must have one of the keys {allowed}, and no other.",
+            "structured_outputs",
+        )
+    return given
 
 
 def _response_format(form: Mapping[str, Any]) -> Grammar | None:

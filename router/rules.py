@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tessera.router.errors import SuffixUnsupported, TooManyPrompts, ValidationError
+from tessera.router.grammar import Grammar
 from tessera.router.request import SamplingParams
 from tessera.router.schemas import (
     MAX_UINT64,
@@ -48,6 +49,8 @@ class Wishes:
     copies: int = 1  # best_of or n
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # go on behind an end-of-text token
+    min_tokens: int = 0  # neither end-of-text tokens nor stop sequences end it before
     priority: int = 0  # higher goes first
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt only
     cache_prompt: bool = True  # False: neither take cached prefixes nor leave any
@@ -106,6 +109,8 @@ def _openai_wishes(
         copies=body.copies,
         max_new_tokens=max_new_tokens,
         stop=tuple(body.stop_sequences),
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         cache_prompt=body.cache_prompt is not False,
@@ -153,9 +158,41 @@ def check(wishes: Wishes, settings: RouterSettings, limits: Limits) -> None:
         name = wishes.name("max_new_tokens")
         raise ValidationError(f"`{name}` must be strictly positive", name)
     _check_stop(wishes.stop, settings.max_stop_sequences)
+    if wishes.max_new_tokens is not None:
+        check_min_tokens(wishes, wishes.max_new_tokens)
     _check_top_n(wishes, limits.max_top_n)
     _check_priority(wishes.priority)
     _check_salt(wishes.cache_salt)
+
+
+def check_min_tokens(wishes: Wishes, max_new_tokens: int) -> None:
+    """Check that an answer may be as long as it must be.
+
+    Raises:
+        ValidationError: it may not.
+    """
+    if wishes.min_tokens > max_new_tokens:
+        name = wishes.name("max_new_tokens")
+        raise ValidationError(
+            f"`min_tokens` must be <= `{name}`, which is {max_new_tokens}. "
+            f"Given: {wishes.min_tokens}",
+            "min_tokens",
+        )
+
+
+def check_end(wishes: Wishes, grammar: Grammar | None) -> None:
+    """Check that only one thing decides where an answer ends.
+
+    Raises:
+        ValidationError: a grammar does, and the client as well.
+    """
+    for name in ("min_tokens", "ignore_eos"):
+        if grammar is not None and getattr(wishes, name):
+            raise ValidationError(
+                f"`{name}` cannot be combined with tools or a prescribed form: that decides where "
+                f"the answer ends. Leave `{name}` out.",
+                name,
+            )
 
 
 def check_chat(body: ChatBody) -> None:

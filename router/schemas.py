@@ -17,6 +17,17 @@ SignedSeed = Annotated[int, Field(ge=-(2**63), le=MAX_UINT64)]  # OpenAI's may b
 
 MAX_ENTRIES = 4096  # of lists whose length no setting limits
 Detail = Literal["auto", "low", "high", "original"]  # low: a picture's overview, no tiles
+IgnoreEos = Annotated[
+    bool,
+    Field(description="Go on behind the end of the text, up to the limit of tokens or a `stop`."),
+]
+MinTokens = Annotated[
+    Count,
+    Field(
+        description="Generate so many tokens before the answer may end, or a `stop` counts. At "
+        "most `max_tokens`; not with tools or a prescribed form."
+    ),
+]
 T = TypeVar("T")
 Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 TokenIds = Annotated[list[Count], Field(fail_fast=True)]
@@ -50,6 +61,8 @@ class OpenAIBody(Body):
     n: Count | None = None
     seed: SignedSeed | None = None
     stop: str | Entries[str] | None = None
+    ignore_eos: IgnoreEos | None = None  # this and the next: as in vLLM
+    min_tokens: MinTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None  # OpenAI's or text-generation-inference's

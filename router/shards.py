@@ -314,7 +314,7 @@ def _spans(chunk: ChunkPlan) -> list[shard_pb2.ImageSpan]:
 
 def sampling_message(sequence: Sequence) -> shard_pb2.SamplingParams:
     """A sequence's sampling parameters; neutral values stay absent."""
-    params = sequence.request.sampling
+    params, stopping = sequence.request.sampling, sequence.request.stopping
     message = shard_pb2.SamplingParams(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -326,6 +326,8 @@ def sampling_message(sequence: Sequence) -> shard_pb2.SamplingParams:
         prompt_logprobs=params.prompt_logprobs,
         guided=sequence.request.guide is not None,
         logit_bias=[shard_pb2.LogitBias(token_id=i, bias=b) for i, b in params.logit_bias],
+        min_tokens=stopping.min_tokens,
+        end_token_ids=stopping.end_ids if stopping.min_tokens else (),
     )
     if params.top_p < 1:
         message.top_p = params.top_p

@@ -33,10 +33,13 @@ class StopMatcher:
         """The stop sequence that was found, or None."""
         return self._matched
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, *, may_stop: bool = True) -> str:
         """Take the next piece of text and return what may be shown now.
 
         After a match nothing more is returned, whatever is fed.
+
+        Args:
+            may_stop: False: a sequence that is complete within this piece does not count.
         """
         if self._matched is not None:
             return ""
@@ -45,7 +48,7 @@ class StopMatcher:
         seen = self._held + text
         for position, character in enumerate(text, start=len(self._held) + 1):
             complete = [a.sequence for a in self._automata if a.advance(character)]
-            if complete:
+            if complete and may_stop:
                 return self._finish(seen[:position], max(complete, key=len))
         unclear = max(automaton.matching for automaton in self._automata)
         shown = seen[: len(seen) - unclear]

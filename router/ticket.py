@@ -31,14 +31,15 @@ class Generation:
 
     def take(self) -> list[TokenEvent]:
         """What the stream's gives."""
-        return self._noted(self.stream.take())
+        events = self.stream.take()
+        if events and (completion := events[-1].completion) is not None:
+            self.on_completion(completion)
+        return events
 
     async def next_events(self) -> list[TokenEvent]:
         """What the stream's gives."""
-        return self._noted(await self.stream.next_events())
-
-    def _noted(self, events: list[TokenEvent]) -> list[TokenEvent]:
-        if events and (completion := events[-1].completion) is not None:
+        events = await self.stream.next_events()
+        if (completion := events[-1].completion) is not None:
             self.on_completion(completion)
         return events
 

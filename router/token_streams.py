@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,7 +80,7 @@ class EventTexts:
         self._unfinished = list(enumerate(generations))
         self._writer = writer
         self._ticket = ticket
-        self._first = ""  # what was written when it started
+        self._text = ""  # written and not taken yet
 
     async def start(self) -> None:
         """Wait for the first events, so that a failure before them can still be a status.
@@ -91,13 +91,12 @@ class EventTexts:
         news = asyncio.Event()
         self.listen(news.set)
         await news.wait()
-        for text in self._written():
-            self._first += text
+        self._write()
 
     @property
     def is_over(self) -> bool:
         """See `TextSource`."""
-        return not self._unfinished and not self._first
+        return not self._unfinished and not self._text
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """See `TextSource`."""
@@ -106,31 +105,28 @@ class EventTexts:
 
     def take(self) -> str:
         """See `TextSource`."""
-        text, self._first = self._first, ""
-        if not self._unfinished:
-            return text
         try:
-            for more in self._written():
-                text += more
+            self._write()
         except RouterError as error:
-            text += self._failure(error)
+            self._fail(error)
         except Exception:
             logger.exception("a stream failed")
-            text += self._failure(InternalError())
+            self._fail(InternalError())
+        text, self._text = self._text, ""
         return text
 
-    def _written(self) -> Iterator[str]:
-        """What has come, piece by piece, so that a failure does not take what came before."""
-        for entry in self._unfinished[:]:
+    def _write(self) -> None:
+        """Write what has come; what was written before a failure stays."""
+        for entry in tuple(self._unfinished):
             index, generation = entry
             if events := generation.take():
-                yield self._writer.write(index, events)
+                self._text += self._writer.write(index, events)
                 if events[-1].completion is not None:
                     self._unfinished.remove(entry)
-        if not self._unfinished:
-            yield self._writer.end()
+                    if not self._unfinished:
+                        self._text += self._writer.end()
 
-    def _failure(self, error: RouterError) -> str:
+    def _fail(self, error: RouterError) -> None:
         self._unfinished.clear()
         self._ticket.failed(error)
-        return self._writer.failure(error)
+        self._text += self._writer.failure(error)

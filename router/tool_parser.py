@@ -28,6 +28,9 @@ class CallArguments:
     text: str
 
 
+LEAST_BEGINNING = 5
+"""Characters; fewer at the end of a cut answer are likelier text than the beginning of a call."""
+
 Delta = str | CallStart | CallArguments
 """A piece of content, or of a call."""
 
@@ -71,11 +74,19 @@ class ToolCallParser:
                 break
         return deltas
 
-    def finish(self) -> list[Delta]:
-        """What was held back and is content after all."""
+    def finish(self, *, was_cut: bool = False) -> list[Delta]:
+        """What was held back and is content after all.
+
+        Args:
+            was_cut: the model had not come to its end, so what looks like a call's beginning is
+                one.
+        """
+        begun = self._unclear_from() if was_cut else len(self._held)
         held, self._held = self._held, ""
         if self._num_calls or self._required:
             return []
+        if len(held) - begun >= LEAST_BEGINNING:
+            held = held[:begun].rstrip()
         marker = self._format.visible(self._format.marker)
         before, found, _ = held.partition(marker) if marker else (held, "", "")
         text = before.rstrip() if found else before

@@ -11,14 +11,15 @@ from tessera.router.tool_parser import CallArguments, CallStart, CallSyntax, Del
 def read_answer(completion: Completion, syntax: CallSyntax) -> tuple[dict[str, Any], str]:
     """A whole answer: the fields of its message, and why it ended."""
     parser = ToolCallParser(syntax)
-    deltas = parser.feed(completion.text) + parser.finish()
+    deltas = parser.feed(completion.text) + parser.finish(was_cut=was_cut(completion))
     content = "".join(delta for delta in deltas if isinstance(delta, str))
     calls = [
         _call(delta, _arguments(deltas, delta.index))
         for delta in deltas
         if isinstance(delta, CallStart)
     ]
-    message: dict[str, Any] = {"content": None if calls and not content else content}
+    is_none = not content and (calls or syntax.required)
+    message: dict[str, Any] = {"content": None if is_none else content}
     if calls:
         message["tool_calls"] = calls
     return message, call_finish_reason(completion, parser)
@@ -35,10 +36,16 @@ def json_delta(delta: Delta) -> dict[str, Any]:
             return {"content": content}
 
 
+def was_cut(completion: Completion) -> bool:
+    """Whether something else than the model ended an answer."""
+    return completion.reason is not FinishReason.EOS
+
+
 def call_finish_reason(completion: Completion, parser: ToolCallParser) -> str:
     """OpenAI's name for why an answer that may call functions ended."""
-    was_cut = completion.reason is FinishReason.LENGTH
-    return "tool_calls" if parser.complete and not was_cut else finish_reason(completion)
+    if parser.complete and completion.reason is not FinishReason.LENGTH:
+        return "tool_calls"
+    return finish_reason(completion)
 
 
 def _arguments(deltas: Sequence[Delta], index: int) -> str:

@@ -123,6 +123,7 @@ class Validator:
         if tools is not None:
             grammar = tool_grammar(tools, self._prompts.tool_format, grammar)
             calls = CallSyntax(self._prompts.tool_format, tools.names, tools.required)
+        rules.check_end(wishes, grammar)
         return Plan(
             prompts=[ChatPrompt(body.messages, add_prompt, continues, tools)],
             wishes=wishes,
@@ -137,12 +138,14 @@ class Validator:
         rules.check_completion(body, self._settings)
         rules.check(wishes, self._settings, rules.Limits.openai(self._settings))
         prompts = [_completion_prompt(prompt) for prompt in body.prompts]
+        grammar = openai_grammar(body)
+        rules.check_end(wishes, grammar)
         return Plan(
             prompts=prompts,
             wishes=wishes,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
             include_stop_text=False,
-            grammar=openai_grammar(body),
+            grammar=grammar,
         )
 
     async def build(
@@ -255,9 +258,14 @@ class Validator:
         _check_length(plan.wishes, prompt, limits, self._settings.image_overflow)
         room = limits.max_total_tokens - num_tokens
         asked = plan.wishes.max_new_tokens
+        max_new_tokens = room if asked is None else asked
+        rules.check_min_tokens(plan.wishes, max_new_tokens)
         return StoppingParams(
-            max_new_tokens=room if asked is None else asked,
+            max_new_tokens=max_new_tokens,
             stop_sequences=plan.wishes.stop,
+            ignore_eos=plan.wishes.ignore_eos,
+            min_tokens=plan.wishes.min_tokens,
+            end_ids=self._eos_ids,
             include_stop_text=plan.include_stop_text,
         )
 

@@ -212,7 +212,7 @@ class Engine:
         sampled = launched.tokens.read(launched.failures) if launched.tokens is not None else []
         token_ids = [token.token_id for token in sampled] or [0] * len(batch.sampled)
         if self.placement.group.world_size > 1:
-            ids_R = torch.tensor(token_ids, device=self.placement.backend.device)
+            ids_R = upload(torch.tensor(token_ids), self.placement.backend.device)
             token_ids = self.placement.group.broadcast(ids_R).tolist()
         for sequence, place, token_id in zip(
             batch.sampled, launched.places, token_ids, strict=True

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tessera.shard.errors import GroupLost, PartFailed, is_out_of_memory
+from tessera.shard.errors import DeviceError, GroupLost, PartFailed, is_out_of_memory
 from tessera.shard.shared_exchange import SharedExchange
+from tessera.shard.upload import upload
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -60,11 +61,19 @@ class Group:
             init_method: `file:///path` on one host, `tcp://host:port` across hosts.
 
         Raises:
+            DeviceError: this torch cannot exchange tensors of such devices.
             RuntimeError: torch's, when the others do not come within two minutes.
         """
         if world_size > 1:
+            backend = BACKENDS[device.type]
+            if not dist.is_backend_available(backend):
+                raise DeviceError(
+                    f"{world_size} ranks on {device.type} exchange tensors over {backend}, which "
+                    f"torch {torch.__version__} is built without; set NUM_SHARD=1, or install "
+                    "torch's build for these devices"
+                )
             dist.init_process_group(
-                BACKENDS[device.type],
+                backend,
                 init_method=init_method,
                 rank=rank,
                 world_size=world_size,
@@ -119,7 +128,7 @@ class Group:
         else:
             self._go_through_the_rest(kind, num_items, failure)
         short = failure is not None and is_out_of_memory(failure)
-        counts = torch.tensor([failure is not None, short], device=self._device).float()
+        counts = upload(torch.tensor([failure is not None, short]).float(), self._device)
         num_failed, num_short = self._exchange(self._all_reduce, counts).tolist()
         if num_failed:
             raise PartFailed(out_of_memory=num_failed == num_short) from failure

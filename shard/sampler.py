@@ -38,6 +38,11 @@ class SampleRow:
         return len(self.token_ids)
 
     @property
+    def may_end(self) -> bool:
+        """Whether enough was generated for a token that ends the answer."""
+        return self.position - self.num_prompt_tokens >= self.params.min_tokens
+
+    @property
     def generated_ids(self) -> Sequence[int]:
         """What was sampled before."""
         return self.token_ids[self.num_prompt_tokens :]
@@ -103,9 +108,9 @@ def choose(
 ) -> Choice:
     """Choose one token per row. Waits for nothing.
 
-    Order: logit bias, repetition, frequency and presence penalty, the row's mask, temperature,
-    top_k, top_p, typical_p, min_p; then the largest score for temperature 0, else a draw from
-    softmax(scores).
+    Order: logit bias, repetition, frequency and presence penalty, no end before min_tokens, the
+    row's mask, temperature, top_k, top_p, typical_p, min_p; then the largest score for temperature
+    0, else a draw from softmax(scores).
 
     Args:
         logits_RV: float32; not modified.
@@ -164,7 +169,7 @@ def _part(
 def _with_penalties(
     logits_RV: Tensor, rows: Sequence[SampleRow], chosen_R: Tensor | None
 ) -> Tensor:
-    """The logits with every row's bias and penalties; the input itself when no row has any.
+    """The logits with every row's bias, penalties and bans; the input itself without any.
 
     Repetition: score / penalty where positive, score * penalty where negative, over prompt and
     generated ids (Keskar et al. 2019). Frequency and presence: OpenAI's formula over generated ids.
@@ -172,6 +177,7 @@ def _with_penalties(
     biases: list[_Touched] = []
     repeated: list[_Touched] = []
     generated: list[_Touched] = []
+    banned: list[_Touched] = []
     for index, row in enumerate(rows):
         params, repetition = row.params, _repetition_penalty(row.params)
         biases += [(index, (bias.token_id,), (bias.bias,)) for bias in params.logit_bias]
@@ -180,7 +186,9 @@ def _with_penalties(
         if params.frequency_penalty or params.presence_penalty:
             amounts = (params.frequency_penalty, params.presence_penalty)
             generated.append((index, row.generated_ids, amounts))
-    if not biases and not repeated and not generated:
+        if params.end_token_ids and not row.may_end:
+            banned.append((index, params.end_token_ids, (float("-inf"),)))
+    if not biases and not repeated and not generated and not banned:
         return logits_RV
     scores_RV = logits_RV.clone()
     scores_X = scores_RV.view(-1)
@@ -196,6 +204,9 @@ def _with_penalties(
         place_X, (frequency_X, presence_X) = _places(scores_RV, generated, chosen_R)
         scores_X[place_X] = scores_X[place_X] - presence_X
         scores_X.index_add_(0, place_X, -frequency_X)  # as often as a place occurs
+    if banned:
+        place_X, minus_infinity_1X = _places(scores_RV, banned, chosen_R)
+        scores_X[place_X] = minus_infinity_1X[0]
     return scores_RV
 
 

@@ -1,6 +1,6 @@
-"""Writes a llama checkpoint as a GGUF file, in its own precision: what llama.cpp reads.
+"""Writes a llama checkpoint as a GGUF file: what llama.cpp and OpenVINO read.
 
-Runs in llama.cpp's environment, which has neither torch nor this project.
+Runs in their environments, which have neither torch nor this project.
 """
 
 import json
@@ -30,8 +30,8 @@ OUTER = {
 }
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """Convert the bfloat16 llama in `folder`."""
+def write_gguf(folder: Path, path: Path, *, half: bool = False) -> None:
+    """Convert the bfloat16 llama in `folder`; `half`: to IEEE half precision."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
     heads = config["num_attention_heads"]
@@ -44,26 +44,33 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta") or 10000.0)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    _add_tokenizer(writer, folder)
+    file_type = gguf.LlamaFileType
+    writer.add_file_type(file_type.MOSTLY_F16 if half else file_type.MOSTLY_BF16)
+    _add_tokenizer(writer, folder, half)
     for name, bits in _tensors(folder):
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             bits = _interleaved(bits, heads if "q_proj" in name else kv_heads)
-        _add(writer, _name(name), bits)
+        _add(writer, _name(name), bits, half)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, half: bool) -> None:
     """The pieces as a sentencepiece vocabulary: those learnt first are merged first."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     ids: dict[str, int] = tokenizer["model"]["vocab"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
     pieces = sorted(ids, key=ids.__getitem__)
-    writer.add_tokenizer_model("llama")
+    # OpenVINO knows only this kind, which needs merges; it is given token ids.
+    writer.add_tokenizer_model("gpt2" if half else "llama")
+    if half:
+        merges = tokenizer["model"]["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+        writer.add_string("tokenizer.ggml.pre", "default")
     writer.add_token_list(pieces)
     writer.add_token_scores([-float(token_id) for token_id in range(len(pieces))])
     writer.add_token_types([_type(piece, special) for piece in pieces])
@@ -96,10 +103,13 @@ def _interleaved(bits: Any, heads: int) -> Any:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
 
 
-def _add(writer: gguf.GGUFWriter, name: str, bits: Any) -> None:
-    """Matrices stay bfloat16; vectors must be float32."""
+def _add(writer: gguf.GGUFWriter, name: str, bits: Any, half: bool) -> None:
+    """Matrices stay in 16 bits; vectors must be float32."""
+    wide = (bits.astype(np.uint32) << 16).view(np.float32)
     if bits.ndim == 1:
-        writer.add_tensor(name, (bits.astype(np.uint32) << 16).view(np.float32))
+        writer.add_tensor(name, wide)
+    elif half:
+        writer.add_tensor(name, wide.astype(np.float16))
     else:
         raw = np.ascontiguousarray(bits).view(np.uint8)
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

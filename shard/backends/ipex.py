@@ -24,6 +24,8 @@ from tessera.shard.quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
+POSITIONS = 16  # of a block on GPUs, or a multiple of them
+
 
 def available() -> bool:
     """Whether it is installed beside its own torch."""
@@ -120,7 +122,7 @@ class IpexBackend(FusedAttentionBackend):
     ) -> Tensor:
         """See `Backend.attend`."""
         # It divides by the number of tokens, and a window of 1 means none to it.
-        if not q_TNH.shape[0] or window == 1 or not self._attends(q_TNH.dtype):
+        if not q_TNH.shape[0] or window == 1 or not self._attends(cache):
             return super().attend(q_TNH, cache, layout, window)
         plan = self._plan_of(layout)
         out_TNH = torch.empty_like(q_TNH)
@@ -151,8 +153,8 @@ class IpexBackend(FusedAttentionBackend):
             )
         return self._plan
 
-    def _attends(self, dtype: torch.dtype) -> bool:
-        """Whether its attention takes this dtype."""
+    def _attends(self, cache: LayerCache) -> bool:
+        """Whether its attention takes such a cache."""
         return True
 
     def _angles(self, cos_sin_TH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,8 +184,9 @@ class IpexXpuBackend(XpuDevice, IpexBackend):
     def _of_kernel(self, pool_BKPH: Tensor) -> Tensor:
         return pool_BKPH.transpose(1, 2)
 
-    def _attends(self, dtype: torch.dtype) -> bool:
-        return dtype in (torch.float16, torch.bfloat16)
+    def _attends(self, cache: LayerCache) -> bool:
+        pool_BKPH = cache.k_BKPH  # as Intel's own tests have it
+        return pool_BKPH.dtype.itemsize == 2 and pool_BKPH.shape[2] % POSITIONS == 0
 
     def _angles(self, cos_sin_TH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return super()._angles(cos_sin_TH.to(dtype), dtype)

@@ -42,9 +42,5 @@ def pack(weight_OI: Tensor, memory: HugePages) -> Tensor:
     """The weight's blocks [ceil(O / 64), I / 2, 64, 2]; outputs beyond the last are zero."""
     rows, columns = weight_OI.shape
     blocks = memory.empty((-(-rows // OUT), columns // 2, OUT, 2), torch.bfloat16)
-    pairs = weight_OI.contiguous().view(torch.int32)
-    for number, block in enumerate(blocks.view(torch.int32)[..., 0]):
-        some = pairs[number * OUT : (number + 1) * OUT]
-        block[:, : some.shape[0]].copy_(some.t())
-        block[:, some.shape[0] :].zero_()
+    torch.ops.tessera_cpu.pack_paired(weight_OI.contiguous(), blocks)
     return blocks

@@ -55,6 +55,7 @@ def _attend_keys(
         else:
             k_DN = tl.load(k_ptr)
             v_ND = tl.load(v_ptr)
+        k_DN, v_ND = k_DN.to(q_MD.dtype), v_ND.to(q_MD.dtype)  # of a cache in 8 bits
         score_MN = tl.dot(q_MD, k_DN, input_precision=PRECISION) * scale
         if MASKED:
             sees_MN = there_N[None, :] & (key_N[None, :] <= position_M[:, None])

@@ -31,7 +31,7 @@ class TritonBackend(FusedAttentionBackend):
     """See `Backend`. float32, float16 and bfloat16; even head sizes up to 256."""
 
     name = "triton"
-    float8_cache = False  # the kernels read keys and values in the dtype of the queries
+    float8_cache = False  # unless the device converts such numbers
 
     def __init__(self, device: torch.device, units: int = 1, flash: bool = False) -> None:
         """`units`: multiprocessors of the device; `flash`: torch's FlashAttention works on it."""
@@ -92,6 +92,12 @@ class TritonBackend(FusedAttentionBackend):
 def kernels_work(backend: TritonBackend) -> bool:
     """Whether the kernels compile on this device and give the reference's results."""
     return agrees(backend, torch.float32, 1e-4) and agrees(backend, torch.bfloat16, 5e-2)
+
+
+def float8_works(backend: TritonBackend) -> bool:
+    """The same with caches in 8 bits, where neighbours in the format are an eighth apart."""
+    formats = (torch.float8_e4m3fn, torch.float8_e5m2)
+    return all(agrees(backend, torch.bfloat16, 0.1, cache_dtype=kept) for kept in formats)
 
 
 def flash_works(device: torch.device) -> bool:

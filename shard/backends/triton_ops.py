@@ -58,6 +58,7 @@ def rotate_and_store(
 ) -> Tensor:
     """See `Backend.rotate_and_store`."""
     _, num_kv_heads, block_size, head_size = cache.k_BKPH.shape
+    kept = cache.k_BKPH.dtype
     qkv_TF = qkv_TF.contiguous()
     num_tokens, features = qkv_TF.shape
     num_all = features // head_size
@@ -79,6 +80,7 @@ def rotate_and_store(
             HALF_BLOCK=triton.next_power_of_2(head_size // 2),
             POSITIONS=block_size,
             HEADS=HEADS_AT_ONCE,
+            LARGEST=int(torch.finfo(kept).max) if kept.itemsize == 1 else 0,
         )
     return q_TNH
 

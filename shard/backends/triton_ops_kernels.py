@@ -64,6 +64,7 @@ def rotate_and_store(
     HALF_BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     HEADS: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Some heads of a token: queries to `q`, keys and values to the token's slot."""
     HALF: tl.constexpr = HEAD // 2
@@ -92,14 +93,24 @@ def rotate_and_store(
     kv_head = head - NUM_HEADS
     keys = inside & (kv_head >= 0) & (kv_head < NUM_KV_HEADS)
     target = k_cache + block + kv_head * (POSITIONS * HEAD) + half
-    tl.store(target, new_left, mask=keys)
-    tl.store(target + HALF, new_right, mask=keys)
+    tl.store(target, _as_kept(new_left, k_cache, LARGEST), mask=keys)
+    tl.store(target + HALF, _as_kept(new_right, k_cache, LARGEST), mask=keys)
 
     kv_head -= NUM_KV_HEADS
     values = inside & (kv_head >= 0)
     target = v_cache + block + kv_head * (POSITIONS * HEAD) + half
-    tl.store(target, left, mask=values)
-    tl.store(target + HALF, right, mask=values)
+    tl.store(target, _as_kept(left, v_cache, LARGEST), mask=values)
+    tl.store(target + HALF, _as_kept(right, v_cache, LARGEST), mask=values)
+
+
+@triton.jit
+def _as_kept(value, cache, LARGEST: tl.constexpr):
+    """In the cache's dtype; LARGEST is the largest number of one of 8 bits, else 0."""
+    if LARGEST:
+        wide = value.to(tl.float32)
+        inside = tl.minimum(tl.maximum(wide, -LARGEST), LARGEST)
+        value = tl.where(wide - wide == 0.0, inside, float("nan"))
+    return value.to(cache.dtype.element_ty)
 
 
 @triton.jit

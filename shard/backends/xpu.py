@@ -56,6 +56,7 @@ class XpuDevice:
     """What every backend of such a GPU shares: its memory and time."""
 
     name = "xpu"
+    runs_ahead = True
     device: torch.device
 
     def free_memory_bytes(self) -> int:

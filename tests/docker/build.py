@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 
 from tests.docker.engine import FOLDER, ROOT, Engine, ensure_image
@@ -36,8 +37,10 @@ def build_image(engine: Engine, file: str, tag: str, *more: str) -> None:
 
 @contextlib.contextmanager
 def torch_index() -> Iterator[str]:
-    """TORCH_INDEX where that is said, else an index of the one wheel that pip finds here."""
-    if given := os.environ.get("TORCH_INDEX"):
+    """TORCH_INDEX where that is said; an index of the one wheel that was installed here, if that is
+    a CPU build; else none, for the image will have what pip finds."""
+    given = os.environ.get("TORCH_INDEX", "")
+    if given or not metadata.version("torch").endswith("+cpu"):
         yield given
         return
     folder = FOLDER / "index"

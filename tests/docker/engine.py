@@ -2,8 +2,8 @@
 
 The private one touches nothing of the machine's: its own socket, folder, bridge and no firewall
 rules. Containers reach each other and the ports they publish, and nothing outside; builds share
-the host's network. Its store is kept, so that a second run builds from the cache, unless the
-engine was killed: half-written layers would go into images unnoticed.
+the host's network. Its images are in memory, where they are written and removed in no time; with
+an engine of one's own they stay, and a second run builds from its cache.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ BRIDGE = "172.31.249.1/24"
 POOL = "base=172.31.128.0/18,size=24"
 START_TIMEOUT_S = 30
 BASE_PACKAGES = "ca-certificates,python3,python3-pip,python3-venv"
-CLEAN = FOLDER / "clean"  # left by an engine that ended well
+STORE, STORE_GIB = FOLDER / "data", 10  # three are used
 SUITE = "bookworm"
 WASTE = (
     *("var/cache/apt/archives", "var/lib/apt/lists"),
@@ -140,8 +140,11 @@ def _private_engine(engine: Engine) -> Iterator[None]:
         raise NoEngine("no Docker engine answers, and starting one takes root and dockerd")
     with (FOLDER / "lock").open("w") as lock, (FOLDER / "dockerd.log").open("w") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two would fight for the bridge and the images
-        _discard_unclean_store()
-        folders = ("--data-root", str(FOLDER / "data"), "--exec-root", str(FOLDER / "run"))
+        _unmount_store()
+        STORE.mkdir(exist_ok=True)
+        size = f"size={STORE_GIB}g"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", STORE], check=True)
+        folders = ("--data-root", str(STORE), "--exec-root", str(FOLDER / "run"))
         network = ("--bip", BRIDGE, "--default-address-pool", POOL, "--iptables=false")
         closed = ("--ip6tables=false", "--ip-forward=false", "--ip-masq=false")
         place = ("--host", engine.environ["DOCKER_HOST"], "--pidfile", str(FOLDER / "docker.pid"))
@@ -158,19 +161,16 @@ def _private_engine(engine: Engine) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(60)
-            CLEAN.touch()
+            _unmount_store()
             subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
 
 
-def _discard_unclean_store() -> None:
-    if not CLEAN.exists():
-        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-        for place in reversed(mounts):
-            if Path(place).is_relative_to(FOLDER):
-                subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)
-        for name in ("data", "run"):
-            shutil.rmtree(FOLDER / name, ignore_errors=True)
-    CLEAN.unlink(missing_ok=True)
+def _unmount_store() -> None:
+    """The store, and what a killed engine has left mounted in it."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for place in reversed(mounts):
+        if Path(place).is_relative_to(FOLDER):
+            subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)
 
 
 def _tidy(engine: Engine) -> None:

@@ -40,7 +40,7 @@ def test_bytes_of_parts_of_a_character(checkpoint: Callable[[str], Path], kind: 
     request = Request((1,), (), SamplingParams(), StoppingParams(3))
     stream = FakeStream(Script(), request, 0)
     done = Completion(FinishReason.LENGTH, "€", 3, None, TIMINGS)
-    collected = Collected(Generation(request, stream, aiter(stream)), done, infos, [()] * 3)
+    collected = Collected(Generation(request, stream, lambda _: None), done, infos, [()] * 3)
     content = chat_choice(0, collected, BODY)["logprobs"]["content"]
     assert [entry["bytes"] for entry in content] == [[0xE2], [0x82], [0xAC]]
     writer = ChatWriter(BODY)

@@ -106,7 +106,7 @@ def test_offsets_are_places_in_the_text() -> None:
     ]
     stream.prompt_top_tokens = [()] * len(pieces)
     done = Completion(FinishReason.LENGTH, "!", 1, None, TIMINGS)
-    generation = Generation(request, stream, aiter(stream))
+    generation = Generation(request, stream, lambda _: None)
     choice = completion_choice(
         0, Collected(generation, done, [TokenInfo(9, "!", -1.0)], [()]), asked
     )

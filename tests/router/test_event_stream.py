@@ -11,6 +11,7 @@ import pytest
 from tessera.router.chat_replies import ChatWriter, chat_choice
 from tessera.router.event_stream import (
     KEEP_ALIVE,
+    WRITE_NOW,
     EventStream,
     number_to_json,
     text_to_json,
@@ -60,6 +61,7 @@ class Client:
     """What a server hands an application, and what a client gets of it."""
 
     send_s: float | None = None  # that each message takes; None: it need not be waited for
+    takes_now: bool = False  # whether the server can write at once, unless a message is under way
     leaves_at: bytes | None = None  # `send` fails with this body
     hangs_up_at: bytes | None = None  # `receive` tells so after this body
     got: list[bytes] = field(default_factory=list)
@@ -70,13 +72,24 @@ class Client:
         await self.has_left.wait()
         return {"type": "http.disconnect"}
 
+    def write_now(self, content: bytes) -> bool:
+        if not self.takes_now or self.has_left.is_set() or content == self.leaves_at:
+            return False
+        if len(self.got) % 3 == 0:  # it is behind, so that `send` has to be waited for
+            return False
+        self._take(content)
+        return True
+
     async def send(self, message: Any) -> None:
         assert not self.is_busy, "two messages at once"
         self.is_busy = True
         if self.send_s is not None:
             await asyncio.sleep(self.send_s)
         self.is_busy = False
-        body = message.get("body", b"head")
+        self._take(message.get("body", b"head"))
+
+    def _take(self, body: bytes) -> None:
+        assert not self.is_busy, "two messages at once"
         if body == self.leaves_at:
             raise OSError("client left")
         self.got.append(body)
@@ -89,7 +102,8 @@ def stream_to(client: Client, texts: Texts, keep_alive_s: float = 15.0) -> list[
     ended: list[bool] = []
     stream = EventStream(texts, lambda: ended.append(True), {}, keep_alive_s)
     try:
-        asyncio.run(stream({"type": "http"}, client.receive, client.send))
+        scope = {"type": "http", "state": {WRITE_NOW: client.write_now}}
+        asyncio.run(stream(scope, client.receive, client.send))
     finally:
         assert ended == [True]
     return client.got
@@ -97,9 +111,12 @@ def stream_to(client: Client, texts: Texts, keep_alive_s: float = 15.0) -> list[
 
 @pytest.mark.parametrize("send_s", [None, 0.0, 0.02])
 @pytest.mark.parametrize("pause_s", [0.0, 0.01])
-def test_everything_is_sent_in_its_order(send_s: float | None, pause_s: float) -> None:
+@pytest.mark.parametrize("takes_now", [False, True])
+def test_everything_is_sent_in_its_order(
+    takes_now: bool, pause_s: float, send_s: float | None
+) -> None:
     events = [f"data: {number}\n\n" for number in range(20)]
-    got = stream_to(Client(send_s), Texts(*events, pause_s=pause_s))
+    got = stream_to(Client(send_s, takes_now), Texts(*events, pause_s=pause_s))
     assert got[0] == b"head" and got[-1] == b"" and b"" not in got[:-1]
     assert b"".join(got[1:]) == "".join(events).encode()
 
@@ -133,20 +150,24 @@ def test_no_comment_comes_into_a_pause_for_a_slow_client() -> None:
     assert got == [b"head", b"data: 1\n\n", b"data: 2\n\n", b""]
 
 
+@pytest.mark.parametrize("takes_now", [False, True])
 @pytest.mark.parametrize("pause_s", [0.04, 0.06])
-def test_what_comes_while_a_comment_is_sent_waits_for_it(pause_s: float) -> None:
+def test_what_comes_while_a_comment_is_sent_waits_for_it(pause_s: float, takes_now: bool) -> None:
     texts = Texts("data: 1\n\n", "data: 2\n\n", pause_s=pause_s)
-    got = stream_to(Client(send_s=0.03), texts, keep_alive_s=0.02)  # `Client` tells two at once
+    got = stream_to(Client(0.03, takes_now), texts, keep_alive_s=0.02)  # `Client` tells two at once
     assert KEEP_ALIVE in got and got[-1] == b""
     assert [one for one in got if one.startswith(b"data")] == [b"data: 1\n\n", b"data: 2\n\n"]
 
 
 @pytest.mark.parametrize("send_s", [None, 0.01])
+@pytest.mark.parametrize("takes_now", [False, True])
 @pytest.mark.parametrize(
     "way", [{"leaves_at": b"data: 2\n\n"}, {"hangs_up_at": b"data: 1\n\n"}], ids=["send", "receive"]
 )
-def test_a_client_that_leaves_ends_it(way: dict[str, Any], send_s: float | None) -> None:
-    client = Client(send_s, **way)
+def test_a_client_that_leaves_ends_it(
+    way: dict[str, Any], takes_now: bool, send_s: float | None
+) -> None:
+    client = Client(send_s, takes_now, **way)
     texts = Texts(*(f"data: {n}\n\n" for n in range(1, 1000)), pause_s=0.01)
     got = stream_to(client, texts)
     assert got[:2] == [b"head", b"data: 1\n\n"] and len(got) < 5
@@ -156,9 +177,8 @@ def test_a_client_that_leaves_ends_it_in_the_middle_of_silence() -> None:
     assert stream_to(Client(hangs_up_at=b"head"), Texts("data: 1\n\n", pause_s=60)) == [b"head"]
 
 
-@pytest.mark.parametrize("send_s", [None, 0.01])
-def test_a_defect_of_the_source_ends_it_without_a_proper_end(send_s: float | None) -> None:
-    client = Client(send_s)
+@pytest.mark.parametrize("client", [Client(), Client(0.01), Client(0.01, takes_now=True)])
+def test_a_defect_of_the_source_ends_it_without_a_proper_end(client: Client) -> None:
     with pytest.raises(ValueError, match="a defect"):
         stream_to(client, Texts("data: 1\n\n", error=ValueError("a defect")))
     assert client.got == [b"head", b"data: 1\n\n"]  # so that nobody takes it for complete

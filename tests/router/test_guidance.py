@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,6 +173,80 @@ def test_a_slow_grammar_does_not_hold_up_the_event_loop_or_another_grammar(
         return is_first
 
     assert with_compiler(vocabulary, use, timeout_s=3)
+
+
+class SlowTrial:
+    """Stands in for `Trial.check`: "slow..." takes as long as the gate is closed."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.begun: list[str] = []
+
+    def check(self, trial: Trial, grammar: Grammar, timeout_s: float) -> Verdict:
+        is_slow = grammar.source.startswith("slow")
+        if is_slow and timeout_s <= guidance.QUICK_S:
+            return Verdict("it takes too long", timed_out=True)
+        self.begun.append(grammar.source)
+        if is_slow:
+            assert self.gate.wait(10)
+        return Verdict(None)
+
+
+@pytest.fixture
+def slow_trial(monkeypatch: pytest.MonkeyPatch) -> SlowTrial:
+    slow = SlowTrial()
+    check = lambda *args: slow.check(*args)  # noqa: E731
+    monkeypatch.setattr(Trial, "check", check)
+    return slow
+
+
+def test_slow_grammars_delay_no_quick_ones_and_keys_take_turns(
+    vocabulary: Vocabulary, slow_trial: SlowTrial
+) -> None:
+    async def use(compiler: GuideCompiler) -> None:
+        def ask(source: str, owner: str) -> asyncio.Task[object]:
+            return asyncio.create_task(compiler.compile(Grammar(GrammarKind.REGEX, source), owner))
+
+        greedy = [ask(f"slow{n}", "greedy") for n in range(6)]
+        while not slow_trial.begun:
+            await asyncio.sleep(0.01)
+        modest = ask("slow-modest", "modest")
+        await asyncio.gather(*(ask(f"quick{n}", "greedy") for n in range(4)), ask("q", "modest"))
+        assert not any(task.done() for task in [*greedy, modest])
+        while ("modest", 1) not in waiting_slow(compiler):
+            await asyncio.sleep(0.01)
+        slow_trial.gate.set()
+        await asyncio.gather(*greedy, modest)
+        begun = [source for source in slow_trial.begun if source.startswith("slow")]
+        assert begun[0] == "slow0" and begun.index("slow-modest") <= 2 and len(begun) == 7
+
+    with_compiler(vocabulary, use)
+
+
+def waiting_slow(compiler: GuideCompiler) -> list[tuple[object, int]]:
+    queues = compiler._slow._threads._queues
+    return [(owner, len(queue)) for owner, queue in list(queues.items())]
+
+
+def test_who_waits_too_long_for_a_turn_is_told_so(
+    vocabulary: Vocabulary, slow_trial: SlowTrial
+) -> None:
+    async def use(compiler: GuideCompiler) -> None:
+        compiler._slow._patience_s = 0.3
+        asked = [
+            asyncio.create_task(compiler.compile(Grammar(GrammarKind.REGEX, f"slow{n}")))
+            for n in range(2)
+        ]
+        with pytest.raises(OverloadedError) as refused:
+            await asked[1]
+        assert refused.value.status == 429
+        assert not asked[0].done()  # its turn has come; it is bounded by its own time
+        slow_trial.gate.set()
+        await asked[0]
+        await compiler.compile(Grammar(GrammarKind.REGEX, "slow-again"))
+
+    with_compiler(vocabulary, use)
+    assert slow_trial.begun == ["slow0", "slow-again"]
 
 
 @pytest.fixture

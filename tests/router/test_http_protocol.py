@@ -6,13 +6,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import uvicorn
 
+from tessera.router.event_stream import EventStream
 from tessera.router.http_protocol import GuardedHttp
 from tests.router.http_fakes import wait_until
 
@@ -158,3 +159,94 @@ def test_a_slow_reader_gets_everything() -> None:
             received += len(piece)
             time.sleep(0.02)
         assert received > 20_000_000
+
+
+class Numbers:
+    """An app that streams `num_events` numbered events of 1 KB, some of them each few turns."""
+
+    def __init__(self, num_events: int) -> None:
+        self.num_given = 0
+        self.num_ended = 0
+        self._num_events = num_events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.num_given = 0
+        await EventStream(self, self._end, {}, 0.05)(scope, receive, send)
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_given >= self._num_events
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        self._on_news = on_news
+        self._come()
+
+    def take(self) -> str:
+        if self.is_over:
+            return ""
+        self.num_given += 1
+        return f"data: {self.num_given:1000}\n\n"
+
+    def _come(self) -> None:
+        self._on_news()
+        if not self.is_over:
+            asyncio.get_running_loop().call_later(0 if self.num_given % 50 else 0.01, self._come)
+
+    def _end(self) -> None:
+        self.num_ended += 1
+
+
+def numbers_in(received: bytes) -> list[int]:
+    """What an HTTP client makes of it: its events' numbers, in the order they came."""
+    _, _, body = received.partition(b"\r\n\r\n")
+    content = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        content += body[: int(size, 16)]
+        assert body[int(size, 16) :][:2] == b"\r\n"
+        body = body[int(size, 16) + 2 :]
+    lines = content.decode().splitlines()
+    return [int(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.02])
+def test_a_stream_is_read_as_it_was_made_however_slowly(pause_s: float) -> None:
+    """The slow one lags behind by more than the system keeps for it, again and again."""
+    app = Numbers(8000)
+    with connected(GuardedHttp, app) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        client.sendall(HEAD + b"Connection: close\r\n\r\n")
+        received = b""
+        while piece := client.recv(100_000):
+            received += piece
+            time.sleep(pause_s)
+    assert numbers_in(received) == list(range(1, 8001))
+    assert app.num_ended == 1
+
+
+def test_two_streams_over_one_connection() -> None:
+    """The second is asked for before the first is over."""
+    app = Numbers(300)
+    with connected(GuardedHttp, app) as client:
+        client.sendall((HEAD + b"\r\n") + (HEAD + b"Connection: close\r\n\r\n"))
+        received = read_to_end(client)
+    first, second = received.split(b"HTTP/1.1 200 OK")[1:]
+    assert numbers_in(first) == numbers_in(second) == list(range(1, 301))
+    assert app.num_ended == 2
+
+
+def test_a_stream_that_nobody_reads_ends() -> None:
+    app = Numbers(1_000_000)
+    with connected(Impatient, app) as client:
+        client.sendall(HEAD + b"\r\n")
+        wait_until(lambda: app.num_ended == 1, 20)
+    assert app.num_given < 100_000
+
+
+def test_a_stream_whose_client_hangs_up_ends() -> None:
+    app = Numbers(1_000_000)
+    with connected(GuardedHttp, app) as client:
+        client.sendall(HEAD + b"\r\n")
+        assert client.recv(100)
+        client.close()
+        wait_until(lambda: app.num_ended == 1, 20)

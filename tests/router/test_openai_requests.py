@@ -240,3 +240,43 @@ def test_clients_raise_what_they_are_made_for(vision_app: App) -> None:
 
 def test_404_of_the_native_routes_is_short(vision_app: App) -> None:
     assert call(vision_app(), "GET", "/else").json()["error"] == "There is nothing at this address."
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, chat()), (COMPLETIONS, {"prompt": "hi"})])
+def test_where_an_answer_may_end(vision_app: App, path: str, body: dict[str, Any]) -> None:
+    generator = FakeGenerator()
+    app = vision_app(generator)
+    fields = {"max_tokens": 8, "min_tokens": 8, "ignore_eos": True}
+    for more in (fields, {"min_tokens": None, "ignore_eos": None, "max_tokens": None}):
+        assert post(app, path, body | more).status_code == 200
+    asked, plain = (request.stopping for request in generator.requests)
+    assert (asked.min_tokens, asked.ignore_eos, asked.end_ids) == (8, True, (2,))
+    assert (plain.min_tokens, plain.ignore_eos) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "told"),
+    [
+        ({"min_tokens": 9}, "min_tokens", "`min_tokens` must be <= `max_tokens`, which is 8"),
+        ({"min_tokens": 2**32 - 1, "max_tokens": None}, "min_tokens", "must be <= `max_tokens`"),
+        ({"min_tokens": -1}, "min_tokens", "must be at least 0"),
+        ({"min_tokens": 1.5}, "min_tokens", "must be a whole number"),
+        ({"ignore_eos": "yes"}, "ignore_eos", "must be true or false"),
+        ({"min_tokens": 1, "guided_regex": "a+"}, "min_tokens", "cannot be combined"),
+        ({"ignore_eos": True, "guided_regex": "a+"}, "ignore_eos", "cannot be combined"),
+    ],
+)
+def test_where_an_answer_cannot_end(
+    vision_app: App, fields: dict[str, Any], param: str, told: str
+) -> None:
+    for path, body in ((CHAT, chat()), (COMPLETIONS, {"prompt": "hi", "max_tokens": 8})):
+        response = post(vision_app(), path, body | fields)
+        assert response.status_code == 422, response.text
+        error = response.json()["error"]
+        assert error["param"] == param and told in error["message"]
+
+
+def test_tools_decide_where_an_answer_ends(vision_app: App) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    response = post(vision_app(), CHAT, chat(tools=tools, min_tokens=2))
+    assert response.status_code == 422 and "tools" in response.json()["error"]["message"]

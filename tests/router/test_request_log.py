@@ -151,7 +151,6 @@ def test_what_is_refused_or_fails_has_a_line(
     error_type: str,
 ) -> None:
     name = "prompt" if path.startswith("/v1") else "inputs"
-    generator.script.texts = ("only",) if generator.script.end_early else generator.script.texts
     reply = post(text_app(generator), path, {name: inputs})
     assert reply.status_code == status
     logged, fields = lines.only()

@@ -41,6 +41,7 @@ def body(**fields: Any) -> ChatBody:
         {"guided_json": SCHEMA},
         {"guided_json": json.dumps(SCHEMA)},
         {"structured_outputs": {"json": SCHEMA, "regex": None, "json_object": None}},
+        {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": False}},
     ],
 )
 def test_schemas(fields: dict[str, Any]) -> None:
@@ -77,7 +78,6 @@ def test_other_forms(fields: dict[str, Any], kind: GrammarKind, source: str | No
         {},
         {"response_format": {"type": "text"}},
         {"response_format": None, "guided_json": None, "structured_outputs": None},
-        {"structured_outputs": {}},
     ],
 )
 def test_any_text(fields: dict[str, Any]) -> None:
@@ -108,6 +108,23 @@ def test_what_is_no_form_is_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as caught:
         openai_grammar(body(**fields))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {},
+        {"json": None, "json_object": False},
+        {"jsn": {}},
+        {"regex": "a", "whitespace_pattern": " "},
+        {"structural_tag": "{}"},
+    ],
+)
+def test_structured_outputs_of_unknown_kinds_are_refused(outputs: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        openai_grammar(body(structured_outputs=outputs))
+    assert caught.value.param == "structured_outputs" and caught.value.status == 422
+    assert "json, regex, choice, grammar, json_object" in str(caught.value)
 
 
 def test_plain_completions_take_the_same() -> None:

@@ -37,6 +37,24 @@ def test_stops(stops: list[str], pieces: list[str], text: str, found: str | None
     assert run(stops, pieces, include=True) == (text + (found or ""), found)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "text", "found"),
+    [
+        (["aSTOPb", "c"], "aSTOPbc", None),
+        (["aSTOP", "STOP"], "aSTOP", "STOP"),
+        (["aSTO", "Pb"], "a", "STOP"),  # it ends behind the first piece
+        (["STOPSTO", "P"], "STOP", "STOP"),
+        (["STOP", ""], "STOP", None),
+    ],
+)
+def test_what_does_not_count_yet_is_text(pieces: list[str], text: str, found: str | None) -> None:
+    first, *others = pieces
+    matcher = StopMatcher(["STOP"], include_stop_text=False)
+    shown = matcher.feed(first, may_stop=False)
+    shown += "".join(matcher.feed(piece) for piece in others) + matcher.flush()
+    assert (shown, matcher.matched) == (text, found)
+
+
 def test_possible_beginning_is_held_back_and_no_more() -> None:
     matcher = StopMatcher(["STOP"], include_stop_text=False)
     assert matcher.feed("abcS") == "abc"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from functools import cache
 from typing import Any
 
@@ -165,6 +166,24 @@ def test_text_that_would_read_as_a_call_is_not_written(kind: str) -> None:
     grammar = tool_grammar(use(), format)
     assert not accepted(model, grammar, "x " + format.first_head("stop"))
     assert accepted(model, grammar, "x " + format.first_head("stop")[:-1])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_calls_have_no_room_for_blanks(kind: str) -> None:
+    """A model that takes blanks wherever it may writes as many as templates do, and ends."""
+    model, tools = MODELS[kind], use(tool_choice="required")
+    matcher = compiled(model, tool_grammar(tools, model.format)).deep_copy()
+    blanks, closing = model.ids(" \n\t\r"), model.ids('"}')
+    rng, said = random.Random(0), list[int]()
+    while model.eos_id not in (choices := allowed(matcher)):
+        for wanted in (blanks, closing, choices):
+            liked = [token_id for token_id in wanted if token_id in choices]
+            if liked:
+                break
+        said.append(rng.choice(liked))
+        assert matcher.consume_token(said[-1]) and len(said) < MOST_TOKENS
+    text = re.sub(r'"([^"\\]|\\.)*"', '""', model.tokenizer.decode(said)).strip()
+    assert not re.search(r"\s\s|[\t\r]|[^:,\]>] |\{\s|\s\}(?!\n<)", text), text
 
 
 ANSWER = Grammar(

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.router.tool_parser import (
+    LEAST_BEGINNING,
     CallArguments,
     CallStart,
     CallSyntax,
@@ -38,9 +39,11 @@ def pieces(data: st.DataObject, text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-def parse(parser: ToolCallParser, fed: Sequence[str]) -> tuple[str, Calls]:
+def parse(
+    parser: ToolCallParser, fed: Sequence[str], *, was_cut: bool = False
+) -> tuple[str, Calls]:
     deltas: list[Delta] = [delta for piece in fed for delta in parser.feed(piece)]
-    deltas += parser.finish()
+    deltas += parser.finish(was_cut=was_cut)
     content, found = "", []
     for delta in deltas:
         match delta:
@@ -116,6 +119,27 @@ def test_the_beginning_of_a_call_is_no_content(kind: str, cut: str, content: str
     assert parse(ToolCallParser(syntax(kind)), [cut]) == (content, [])
     forced = ToolCallParser(syntax(kind, required=True))
     assert parse(forced, [cut.removeprefix("I see. ")]) == ("", [])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("content", ["", "I see.", "  a [b] {c} <d>"])
+def test_no_cut_shows_the_grammar(kind: str, content: str) -> None:
+    """Wherever a limit of tokens ends an answer with calls."""
+    if not MODELS[kind].format.marker:
+        content = ""
+    whole = answer(kind, content and content + " ", [("stop", "{}")])
+    for end in range(len(content), len(whole)):
+        seen, found = parse(ToolCallParser(syntax(kind)), [whole[:end]], was_cut=True)
+        assert [name for name, _ in found] in ([], ["stop"])
+        left_over = seen.removeprefix(content).strip()
+        assert seen.startswith(content) and len(left_over) < LEAST_BEGINNING
+        assert len(left_over) == 0 or not found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_cut_answer_without_calls_is_content(kind: str) -> None:
+    for text in ("a < b", "f(x) [1, 2", "Hello  ", "x {", ""):
+        assert parse(ToolCallParser(syntax(kind)), list(text), was_cut=True) == (text, [])
 
 
 def test_arguments_are_told_as_they_come() -> None:

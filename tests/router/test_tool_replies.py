@@ -89,6 +89,20 @@ def test_a_call_cut_by_max_tokens(vision_app: App) -> None:
     assert streamed(vision_app(generator))[-1]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("num_texts", range(5))
+@pytest.mark.parametrize("choice", ["auto", "required", "get_weather"])
+def test_a_call_cut_before_it_is_one(vision_app: App, num_texts: int, choice: str) -> None:
+    generator = says("", *ONE[1 : num_texts + 1], reason=FinishReason.LENGTH)
+    (reply,) = post(vision_app(generator), CHAT, body(tool_choice=choice)).json()["choices"]
+    message, has_begun = reply["message"], num_texts >= 3
+    assert reply["finish_reason"] == "length"
+    assert message["content"] == ("" if choice == "auto" and not has_begun else None)
+    assert ("tool_calls" in message) == has_begun
+    choices = streamed(vision_app(generator), tool_choice=choice)
+    assert choices[-1]["finish_reason"] == "length"
+    assert not any(choice["delta"].get("content") for choice in choices)
+
+
 def test_a_call_cut_by_a_stop_string(vision_app: App) -> None:
     generator = says(*ONE[:-2], reason=FinishReason.STOP)
     choice = post(vision_app(generator), CHAT, body(stop="3")).json()["choices"][0]

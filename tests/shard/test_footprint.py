@@ -14,6 +14,7 @@ from tessera.launcher.model_folder import DEMO_FOLDER
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import Backend, Linear
 from tessera.shard.backends.packed_linear import PackedLinear
+from tessera.shard.backends.paired_linear import PairedLinear
 from tessera.shard.errors import CheckpointError
 from tessera.shard.footprint import footprint
 from tessera.shard.layers.base import Layer
@@ -40,7 +41,7 @@ class Weighing:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         made = self._backend.linear(weight_OI, bias_O)
-        if isinstance(made, PackedLinear):  # an opaque copy of the same size
+        if isinstance(made, PackedLinear | PairedLinear):  # a copy of the same size
             self._kept.append(made)
             self.sizes[id(made)] = weight_OI.nbytes
         else:

@@ -205,3 +205,32 @@ def test_a_mask_concerns_its_own_row_only() -> None:
     got = sample(logits, [plain[0], guided, plain[2]])
     assert (got[0], got[2]) == (alone[0], alone[2])
     assert got[1].token_id == alone[1].token_id ^ 1
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 1.0}, {"temperature": 0.8, "typical_p": 0.9}]
+)
+def test_an_answer_does_not_end_before_its_min_tokens(params: dict[str, object]) -> None:
+    ends = [3, 7]
+    logits = make_logits(4)
+    logits[:, ends] += 50.0
+    ban = {"min_tokens": 2, "end_token_ids": ends}
+    rows = [make_row(generated=(5,) * n, seed=n, **params, **ban) for n in (0, 1, 2)]
+    rows.append(make_row(seed=3, **params))
+    got = [token.token_id in ends for token in sample(logits, rows)]
+    assert got == [False, False, True, True]
+
+
+def test_a_ban_stands_above_biases_and_penalties() -> None:
+    logits = make_logits()
+    row = make_row(
+        logit_bias=[LogitBias(token_id=3, bias=100.0)],
+        repetition_penalty=0.1,
+        frequency_penalty=-2.0,
+        min_tokens=1,
+        end_token_ids=[3],
+    )
+    (token,) = sample(logits, [row])
+    assert token.token_id != 3
+    logits[0, 3] = float("-inf")
+    assert token.token_id == int(logits.argmax())

@@ -1,4 +1,4 @@
-// torch.ops.tessera_cpu.paired_linear: linear layers in bfloat16, see shard/backends/paired_linear.py.
+// Linear layers in bfloat16: what shard/backends/paired_linear.py calls of torch.ops.tessera_cpu.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -62,14 +62,47 @@ Tensor paired_linear(const Tensor& x_TI, const Tensor& weight, const std::option
   return out;
 }
 
+// Writes the blocks of a weight [O, I], with zeros for outputs beyond the last. `packed`: [ceil(O /
+// PAIRED_OUT), I / 2, PAIRED_OUT, 2].
+void pack_paired(const Tensor& weight_OI, const Tensor& packed) {
+  check_rows(weight_OI, "the weight", at::kBFloat16);
+  check_rows(packed, "packed", at::kBFloat16);
+  const int64_t rows = weight_OI.size(0), width = weight_OI.size(1), pairs = width / 2;
+  const int64_t blocks = (rows + PAIRED_OUT - 1) / PAIRED_OUT;
+  TORCH_CHECK(width % 2 == 0 && packed.numel() == blocks * width * PAIRED_OUT,
+              "packed must have room for ", blocks, " blocks of ", pairs, " pairs");
+  const auto* from = reinterpret_cast<const uint32_t*>(data<bf16>(weight_OI));
+  auto* to = reinterpret_cast<uint32_t*>(data<bf16>(packed));
+  constexpr int64_t PAIRS = 16;  // a cache line of each output
+  at::parallel_for(0, blocks, (CELLS_PER_THREAD + width * PAIRED_OUT - 1) / (width * PAIRED_OUT),
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t count = std::min(PAIRED_OUT, rows - block * PAIRED_OUT);
+      for (int64_t first = 0; first < pairs; first += PAIRS) {
+        const int64_t last = std::min(first + PAIRS, pairs);
+        for (int64_t out = 0; out < PAIRED_OUT; out++) {
+          const uint32_t* row = from + (block * PAIRED_OUT + out) * pairs;
+          for (int64_t pair = first; pair < last; pair++) {
+            to[(block * pairs + pair) * PAIRED_OUT + out] = out < count ? row[pair] : 0;
+          }
+        }
+      }
+    }
+  });
+}
+
 TORCH_LIBRARY_FRAGMENT(tessera_cpu, library) {
   library.def("paired_linear_pays(int variant) -> bool", &paired_linear_pays);
   library.def(
       "paired_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int variant) -> "
       "Tensor");
+  library.def("pack_paired(Tensor weight, Tensor(a!) packed) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) { library.impl("paired_linear", &paired_linear); }
+TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
+  library.impl("paired_linear", &paired_linear);
+  library.impl("pack_paired", &pack_paired);
+}
 
 }  // namespace
 }  // namespace tessera

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_a_refused_download_is_a_sentence(
     there = (f"--env=HF_ENDPOINT={hub.endpoint}", "--env=MODEL_ID=owner/model")
     with started(engine, image, *HARDENED, volume, *there) as container:
         assert container.wait_exit() == 1
-        assert "Error: owner/model is gated" in container.log
+        assert "owner/model is gated: accept its terms" in container.log
         assert "Traceback" not in container.log
 
 
@@ -91,5 +92,6 @@ def test_the_memory_that_the_plan_names_is_enough(
             container.wait_ready()
             assert is_three(container.generate(QUESTION, max_new_tokens=20))
         else:
+            # The warm-up's sentence, or the supervisor's if trying the largest step was too much.
             assert container.wait_exit() == 1
-            assert "a sequence of 2048 tokens needs" in container.log
+            assert re.search(r"Error: .*(tokens needs|when memory runs out)", container.log)

@@ -22,13 +22,16 @@ from tests.shard.backends.pool import Pool
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
-# Dtype, query heads, key/value heads, head size, window, multiprocessors (which cut contexts).
+# Dtypes of computation and cache, query heads, key/value heads, head size, window, multiprocessors
+# (which cut contexts).
 CASES = [
-    (torch.bfloat16, 32, 8, 128, None, 132),
-    (torch.float16, 32, 32, 64, None, 1),
-    (torch.bfloat16, 7, 1, 80, 4096, 132),
-    (torch.bfloat16, 8, 4, 256, None, 1),
-    (torch.float32, 4, 1, 256, None, 1),
+    (torch.bfloat16, torch.bfloat16, 32, 8, 128, None, 132),
+    (torch.float16, torch.float16, 32, 32, 64, None, 1),
+    (torch.bfloat16, torch.bfloat16, 7, 1, 80, 4096, 132),
+    (torch.bfloat16, torch.bfloat16, 8, 4, 256, None, 1),
+    (torch.float32, torch.float32, 4, 1, 256, None, 1),
+    (torch.bfloat16, torch.float8_e4m3fn, 32, 8, 128, None, 132),
+    (torch.bfloat16, torch.float8_e5m2, 32, 8, 128, None, 1),
 ]
 
 
@@ -76,15 +79,14 @@ def main() -> None:
     triton.runtime.driver.set_active(AbsentGpu())
     run = JITFunction.run
     JITFunction.run = lambda kernel, *args, **options: compile_only(run, kernel, *args, **options)
-    for dtype, num_heads, num_kv_heads, head_size, window, units in CASES:
+    for dtype, kept, num_heads, num_kv_heads, head_size, window, units in CASES:
         backend = TritonBackend(torch.device("cpu"), units)
-        pool = Pool([20, 40], (num_heads, num_kv_heads, head_size), dtype)
+        pool = Pool([20, 40], (num_heads, num_kv_heads, head_size), dtype, cache_dtype=kept)
         pool.step(backend, [(0, 19, 20), (1, 0, 40)], window)
+        layout = pool.layout([(1, 0, 40)])
+        qkv_TF = torch.zeros(40, (num_heads + 2 * num_kv_heads) * head_size, dtype=dtype)
+        backend.rotate_and_store(qkv_TF, torch.zeros(64, head_size), pool.cache, layout)
     dtype, width = torch.bfloat16, 4096
-    pool = Pool([40], (32, 8, 128), dtype)
-    layout = pool.layout([(0, 0, 40)])
-    qkv_TF = torch.zeros(40, (32 + 2 * 8) * 128, dtype=dtype)
-    backend.rotate_and_store(qkv_TF, torch.zeros(64, 128), pool.cache, layout)
     x_TD, weight_D = torch.zeros(40, width, dtype=dtype), torch.zeros(width, dtype=dtype)
     backend.add_rms_norm(x_TD, None, weight_D, 1e-5)
     backend.add_rms_norm(x_TD, x_TD, weight_D, 1e-5)

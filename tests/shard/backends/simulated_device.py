@@ -2,7 +2,8 @@
 
 Tensors report the device `simulated` and refuse to meet tensors of the host. Whatever would make
 the host wait for a real device is noted: values that are read, copies from memory that is not
-pinned. torch lets such a device be written in Python, as its "private use" device.
+pinned. A copy to the host that nobody waits for holds garbage until the device is waited for.
+torch lets such a device be written in Python, as its "private use" device.
 """
 
 import traceback
@@ -29,6 +30,7 @@ WAITING = {
     "aten::nonzero",
     "aten::repeat_interleave.Tensor",
 }
+GARBAGE = 0xA5  # each byte of what has not arrived
 INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
 
 
@@ -49,10 +51,15 @@ class SimulatedDevice:
         self._library = torch.library.Library("_", "IMPL")
         self._library.fallback(self.compute, "PrivateUse1")
         self._counters: list[Counter[str]] = []
+        self._under_way: list[tuple[Tensor, Tensor]] = []  # copies to the host: where to, what
         self.device = torch.device(NAME, 0)
+        self.has_float64 = True
 
     def note_wait(self, cause: str) -> None:
-        """The host waits for the device."""
+        """The host waits for the device, which comes to the end of all it was given."""
+        for target, values in self._under_way:
+            target.copy_(values)
+        self._under_way.clear()
         for counter in self._counters:
             counter[f"{_asking_file()}: {cause}"] += 1
 
@@ -90,9 +97,18 @@ class SimulatedDevice:
 
     def _copy(self, operation: Any, source: Tensor, **named: Any) -> Any:
         target = torch.device(named.get("device") or source.device)
+        copied: Tensor = operation(on_host(source), **_each(on_host, named))
+        if target.type != NAME and named.get("non_blocking"):
+            return self._arriving(copied)
         self._note_copy(source, target.type == NAME, **named)
-        copied = operation(on_host(source), **_each(on_host, named))
         return on_device(copied) if target.type == NAME else copied
+
+    def _arriving(self, values: Tensor) -> Tensor:
+        """A tensor of the host that holds these values once the device is waited for."""
+        target = torch.empty_like(values)
+        target.view(torch.uint8).fill_(GARBAGE)
+        self._under_way.append((target, values.clone()))
+        return target
 
     def _copy_into(self, operation: Any, target: Tensor, source: Tensor, *rest: bool) -> Tensor:
         self._note_copy(source, isinstance(target, SimulatedTensor), non_blocking=any(rest))
@@ -121,6 +137,8 @@ class SimulatedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "SimulatedTensor":
+        if inner.dtype == torch.float64 and not simulated_device().has_float64:
+            raise RuntimeError("Required aspect fp64 is not supported on the device")
         with torch.inference_mode(False):  # views of older tensors could not be made otherwise
             made: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
                 cls,

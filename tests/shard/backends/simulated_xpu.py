@@ -12,7 +12,7 @@ from tests.shard.backends.simulated_device import pin_memory, simulated_device
 
 FREE_BYTES, TOTAL_BYTES = 3 << 30, 4 << 30
 RESERVED_BYTES, ALLOCATED_BYTES = 1 << 20, 1 << 18
-PROPERTIES = {"gpu_subslice_count": 4, "has_fp64": True}
+COMPUTE_UNITS = 4
 
 
 class SimulatedEvent:
@@ -42,7 +42,9 @@ def _synchronize(device: torch.device) -> None:
 
 STAND_INS = {
     "Event": SimulatedEvent,
-    "get_device_properties": lambda device: SimpleNamespace(**PROPERTIES),
+    "get_device_properties": lambda device: SimpleNamespace(
+        gpu_subslice_count=COMPUTE_UNITS, has_fp64=simulated_device().has_float64
+    ),
     "is_available": lambda: True,
     "max_memory_allocated": lambda device: ALLOCATED_BYTES,
     "mem_get_info": lambda device: (FREE_BYTES, TOTAL_BYTES),

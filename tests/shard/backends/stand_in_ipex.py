@@ -61,6 +61,7 @@ class PagedAttention:
     ) -> None:
         assert query.dtype in HALVES and query.is_contiguous() and is_cusal
         assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        assert key_cache.shape[1] in (16, 32, 64, 128)
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == block_tables.dtype == torch.int32
         starts_q, starts_kv = cu_seqlens_q.tolist(), cu_seqlens_kv.tolist()
         lengths_q, lengths_kv = _differences(starts_q), _differences(starts_kv)

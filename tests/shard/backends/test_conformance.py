@@ -1,7 +1,8 @@
 """Every backend that runs here against dense float64 arithmetic.
 
 Triton's kernels are among them in a process with TRITON_INTERPRET=1 (`test_triton.py` starts one),
-IPEX's in an environment of its own (`make test-ipex`). Intel GPUs are simulated.
+IPEX's in an environment of its own (`make test-ipex`). Intel GPUs are simulated; the reference too
+is tried on a device that is not the host.
 """
 
 import os
@@ -19,6 +20,7 @@ from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.gumbel import key_of, uniforms
 from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
+from tests.shard.backends.simulated_device import simulated_device
 
 
 def built_variants() -> list[str]:
@@ -28,7 +30,7 @@ def built_variants() -> list[str]:
         return []
 
 
-GPUS = ["xpu", *(["cuda"] if cuda.available() else [])]
+GPUS = ["simulated", "xpu", *(["cuda"] if cuda.available() else [])]
 IPEX = ["ipex"] if ipex_fits("cpu") else []
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 
@@ -49,6 +51,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return FusedAttentionBackend(CPU)
     if request.param == "ipex":
         return load_backend("cpu", "ipex")
+    if request.param == "simulated":
+        return cast(Backend, HostFaced(ReferenceBackend(simulated_device().device)))
     if request.param == "xpu":
         return cast(Backend, request.getfixturevalue("xpu_backend"))
     if request.param == "cuda":

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessera.shard.backends import cuda, load_backend
 from tessera.shard.backends.base import Backend, CacheShape
 from tessera.shard.backends.cpu import CpuBackend, kernel_variants
 from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.reference import ReferenceBackend, as_kept
 from tessera.shard.errors import DeviceError
 from tessera.shard.models.dtype import CACHE_DTYPES, resolve_cache_dtype
-from tests.shard.backends.pool import CPU, NAN, Pool, assert_close, stored_rows
+from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
 
 
 def built_variants() -> list[str]:
@@ -22,10 +23,15 @@ def built_variants() -> list[str]:
         return []
 
 
-@pytest.fixture(params=["reference", "fused_attention", "xpu", *built_variants()])
+GPUS = ["xpu", *(["cuda"] if cuda.available() else [])]
+
+
+@pytest.fixture(params=["reference", "fused_attention", *GPUS, *built_variants()])
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "xpu":
         return cast(Backend, request.getfixturevalue("xpu_backend"))
+    if request.param == "cuda":
+        return cast(Backend, HostFaced(load_backend("cuda")))
     if request.param == "reference":
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tessera.shard.backends.base import CacheShape
+from tessera.shard.backends.base import CacheShape, LayerCache
 from tessera.shard.backends.ipex import IpexXpuBackend
 from tessera.shard.backends.trial import agrees
 from tests.shard.backends import stand_in_ipex
@@ -34,6 +34,13 @@ def test_its_cache_has_positions_before_heads_in_memory(gpu_build: IpexXpuBacken
     (cache,) = gpu_build.new_cache(CacheShape(1, 2, 24, 4, torch.bfloat16), 5)
     assert cache.k_BKPH.shape == cache.v_BKPH.shape == (5, 2, 4, 24)
     assert cache.k_BKPH.transpose(1, 2).is_contiguous()
+
+
+def test_blocks_that_intel_has_not_tried_are_torchs(gpu_build: IpexXpuBackend) -> None:
+    def caches(block_size: int) -> list[LayerCache]:
+        return gpu_build.new_cache(CacheShape(1, 2, 64, block_size, torch.bfloat16), 4)
+
+    assert [gpu_build._attends(caches(size)[0]) for size in (8, 16, 20, 64)] == [False, True] * 2
 
 
 def test_wrong_results_of_the_build_for_gpus_are_noticed(

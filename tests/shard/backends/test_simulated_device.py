@@ -93,3 +93,14 @@ def test_computing_and_copies_of_pinned_memory_wait_for_nothing(
     with there.waits() as waits:
         torch.ones(4).pin_memory().to(there.device)  # in this order, but blocking
     assert waits
+
+
+def test_what_nobody_waited_for_is_garbage_on_the_host(there: SimulatedDevice) -> None:
+    x = torch.arange(3, device=there.device)
+    with there.waits() as waits:
+        arriving = x.to("cpu", non_blocking=True)
+        x += 10  # later than the copy
+    assert not waits
+    assert 1 not in arriving.tolist()
+    there.note_wait("event")
+    assert arriving.tolist() == [0, 1, 2]

@@ -15,14 +15,16 @@ import torch.distributed as dist
 
 from tessera.shard import gumbel
 from tessera.shard.backends import load_backend, xpu
+from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.xpu import XpuBackend, XpuDevice
 from tessera.shard.parallel import BACKENDS
 from tests.shard.backends.simulated_device import simulated_device
 from tests.shard.backends.simulated_xpu import (
     ALLOCATED_BYTES,
+    COMPUTE_UNITS,
     FREE_BYTES,
-    PROPERTIES,
     RESERVED_BYTES,
+    STAND_INS,
     SimulatedEvent,
     simulated_xpu,
 )
@@ -69,7 +71,7 @@ def test_the_properties_of_a_device_are_documented() -> None:
     text = torch.xpu.get_device_properties.__doc__ or ""
     read = [node for node in ast.walk(TREE) if isinstance(node, ast.Attribute)]
     names = {x.attr for x in read if "get_device_properties" in ast.unparse(x.value)}
-    assert names == set(PROPERTIES)
+    assert names == vars(STAND_INS["get_device_properties"](None)).keys()
     assert all(f"``{name}``" in text for name in names)
 
 
@@ -119,7 +121,7 @@ def test_without_float64_tokens_are_drawn_on_the_processor(
     keys_R = torch.tensor([1, 2, 3])
     drawn = []
     for has_it in (True, False):
-        monkeypatch.setitem(PROPERTIES, "has_fp64", has_it)
+        monkeypatch.setattr(simulated_device(), "has_float64", has_it)
         backend = XpuBackend(device)
         with simulated_device().waits() as waits:
             ids_R = backend.draw(scores_RV.to(device), keys_R.to(device))
@@ -128,6 +130,13 @@ def test_without_float64_tokens_are_drawn_on_the_processor(
         drawn.append(ids_R.tolist())
     assert drawn[0] == drawn[1] == gumbel.draw(scores_RV, keys_R).tolist()
     assert caplog.messages == ["simulated:0 has no float64: the processor draws sampled tokens"]
+
+
+def test_without_float64_kernels_can_still_be_tried(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_device(), "has_float64", False)
+    assert agrees(XpuBackend(device), torch.bfloat16, 5e-2)
 
 
 class Kernels(XpuDevice):
@@ -148,7 +157,7 @@ def test_triton_is_taken_where_it_is_right(
         monkeypatch.setitem(sys.modules, f"tessera.shard.backends.{module.__name__}", module)
     backend = xpu.create(device)
     assert type(backend) is (Kernels if work else XpuBackend)
-    assert not isinstance(backend, Kernels) or backend.units == 4
+    assert not isinstance(backend, Kernels) or backend.units == COMPUTE_UNITS
 
 
 def test_without_triton_torchs_operations_are_right_everywhere(

@@ -1,6 +1,5 @@
 """A whole engine on the simulated Intel GPU, step for step beside one on the processor."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +26,6 @@ BLOCKS_EACH = 20  # of a sequence
 PICTURE = (80, 60)  # height and width, pixels
 HASH = b"p" * 16
 SAMPLED = shard_pb2.SamplingParams(temperature=0.8, seed=7, top_n_tokens=3)
-
-# What the host must know of each decode step: whether the numbers are finite; the tokens and their
-# logprobs; when the device came to the end of two stages, which it has by then.
-WAITS_PER_STEP = {"token_choice.py": 1, "sampler.py": 2, "xpu.py": 2}
 
 
 @pytest.fixture(scope="module")
@@ -140,49 +135,67 @@ def test_scores_of_a_prompt(both: Callable[[shard_pb2.Step], None]) -> None:
     both(shard_pb2.Step(chunks=[scored]))
 
 
-def steady_state(engine: Engine, parameters: shard_pb2.SamplingParams) -> list[Counter[str]]:
-    """What the host waited for in each of some decode steps of three sequences."""
+FILTERED = shard_pb2.SamplingParams(temperature=0.5, top_k=5, top_p=0.9, repetition_penalty=1.2)
+WAYS = pytest.mark.parametrize(
+    "parameters",
+    [shard_pb2.SamplingParams(), FILTERED, SAMPLED],
+    ids=["greedy", "filtered", "with alternatives"],
+)
+
+
+def start(engine: Engine, parameters: shard_pb2.SamplingParams) -> None:
+    """Prompts of three sequences, of 17, 18 and 19 tokens."""
     chunks = [chunk(n, list(range(3, 20 + n))) for n in range(3)]
     for each in chunks:
         each.sampling.CopyFrom(parameters)
-    engine.run(shard_pb2.Step(chunks=chunks))
-    waited = []
-    for n in range(4):
-        rows = [decode(s, 18 + s + n) for s in range(3)]
-        with simulated_device().waits() as waits:
-            assert len(engine.run(shard_pb2.Step(decodes=rows)).tokens) == 3
-        waited.append(waits)
-    engine.reset()
-    return waited
+    assert len(engine.run(shard_pb2.Step(chunks=chunks)).tokens) == 3
 
 
-FILTERED = shard_pb2.SamplingParams(temperature=0.5, top_k=5, top_p=0.9, repetition_penalty=1.2)
+def decodes(n: int) -> shard_pb2.Step:
+    """Step n after `start`."""
+    return shard_pb2.Step(decodes=[decode(s, 18 + s + n) for s in range(3)])
 
 
-@pytest.mark.parametrize(
-    ("parameters", "more"),
-    [(shard_pb2.SamplingParams(), 0), (FILTERED, 0), (SAMPLED, 2)],
-    ids=["greedy", "filtered", "with alternatives"],
-)
-def test_a_decode_step_waits_for_what_it_must_know(
-    engines: tuple[Engine, Engine], parameters: shard_pb2.SamplingParams, more: int
+@WAYS
+def test_a_decode_step_waits_for_its_end_alone(
+    engines: tuple[Engine, Engine], parameters: shard_pb2.SamplingParams
 ) -> None:
-    known = Counter(WAITS_PER_STEP) + Counter({"sampler.py": more})
-    for waits in steady_state(engines[1], parameters):
-        assert Counter(cause.partition(":")[0] for cause in waits.elements()) <= known, waits
+    """Neither the lengths of sequences nor what is sampled is read on the way.
 
-
-def test_layers_and_lengths_add_no_waiting(engines: tuple[Engine, Engine]) -> None:
-    """Neither the model nor the attention reads anything: the waits are those of the sampler."""
+    The end of a step is waited for with its tokens, then for the times of its three stages.
+    """
     engine = engines[1]
-    engine.run(shard_pb2.Step(chunks=[chunk(0, list(range(3, 40)))]))
-    batch = engine._builder.build(shard_pb2.Step(decodes=[decode(0, 38)]))
-    assert batch is not None
-    with torch.inference_mode(), simulated_device().waits() as waits:
-        hidden_TD = engine._hidden_states(batch, {})
-        engine._logits(hidden_TD)
-    assert not waits
+    start(engine, parameters)
+    for n in range(4):
+        with simulated_device().waits() as launching:
+            launched = engine.launch(decodes(n))
+        with simulated_device().waits() as finishing:
+            assert len(engine.finish(launched).tokens) == 3
+        assert not launching
+        assert finishing == {"xpu.py: event": 4}
     engine.reset()
+
+
+@WAYS
+def test_steps_launched_before_the_tokens_of_the_last_are_read(
+    engines: tuple[Engine, Engine], parameters: shard_pb2.SamplingParams
+) -> None:
+    """What has not been waited for is garbage on the host, so it must not be looked at."""
+    on_cpu, on_xpu = engines
+    for engine in engines:
+        start(engine, parameters)
+    expected = [on_cpu.run(decodes(n)).tokens for n in range(6)]
+    launched, got = on_xpu.launch(decodes(0)), []
+    for n in range(1, 6):
+        following = on_xpu.launch(decodes(n))
+        got.append(on_xpu.finish(launched).tokens)
+        launched = following
+    got.append(on_xpu.finish(launched).tokens)
+    assert [[t.token_id for t in step] for step in got] == [
+        [t.token_id for t in step] for step in expected
+    ]
+    for engine in engines:
+        engine.reset()
 
 
 def test_the_warm_up_sizes_the_cache_by_the_devices_memory(

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from tessera.shard.backends.base import StepLayout
+from tessera.shard.backends.reference import as_kept
+from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.triton_attention import Tiles, attend_chunks, attend_decodes, num_splits
 from tessera.shard.backends.triton_backend import TritonBackend
-from tests.shard.backends.pool import CPU, NAN, Pool, assert_close
+from tessera.shard.models.dtype import CACHE_DTYPES
+from tests.shard.backends.pool import CPU, NAN, Pool, assert_close, stored_rows
 
 HEADS = (6, 2, 24)
 
@@ -83,6 +86,40 @@ def test_triton_chunks_in_any_tiles(tiles: Tiles, window: int | None, dtype: tor
     attend_chunks(out_TNH, q_TNH, pool.cache, pool.layout(parts), 0, window, tiles)
     for part, got in zip(parts, torch.split(out_TNH, [30, 3, 40]), strict=True):
         assert_close(got, pool.expected(*part, window))
+
+
+@pytest.mark.parametrize("kept", CACHE_DTYPES.values(), ids=CACHE_DTYPES)
+def test_triton_reads_caches_in_8_bits(kept: torch.dtype) -> None:
+    pool = Pool([17, 40], HEADS, torch.float16, cache_dtype=kept)
+    backend = TritonBackend(CPU, units=12)
+    for parts in ([(0, 0, 16), (1, 0, 39)], [(0, 16, 17), (1, 39, 40)]):
+        for part, got in zip(parts, pool.step(backend, parts), strict=True):
+            assert_close(got, pool.expected(*part))
+
+
+@pytest.mark.parametrize("kept", CACHE_DTYPES.values(), ids=CACHE_DTYPES)
+def test_triton_writes_caches_in_8_bits(kept: torch.dtype) -> None:
+    """Numbers that it holds, and too large ones: the interpreter rounds others wrongly."""
+    pool = Pool([40], (2, 1, 32), torch.float32, cache_dtype=kept)
+    layout = pool.layout([(0, 0, 40)])
+    qkv_TF = torch.randn(40, 4 * 32, generator=torch.Generator().manual_seed(0))
+    qkv_TF = as_kept(qkv_TF * torch.logspace(-3, 5, 40)[:, None], kept).float()
+    qkv_TF[3, 90:100] = torch.tensor([1e6, -1e6]).repeat(5)
+    plain_LH = torch.cat([torch.ones(50, 16), torch.zeros(50, 16)], 1)
+    TritonBackend(CPU).rotate_and_store(qkv_TF, plain_LH, pool.cache, layout)
+    stored = stored_rows(pool.cache, layout.slots_T)
+    assert torch.equal(stored.k_BKPH[:, 0].float(), as_kept(qkv_TF[:, 64:96], kept).float())
+    assert torch.equal(stored.v_BKPH[:, 0].float(), as_kept(qkv_TF[:, 96:], kept).float())
+
+
+def test_triton_kernels_pass_the_trial_of_a_device() -> None:
+    assert agrees(TritonBackend(CPU, units=12), torch.float32, 1e-4)
+
+
+def test_triton_kernels_that_are_wrong_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TritonBackend(CPU)
+    monkeypatch.setattr(backend, "silu_mul", lambda x_TF: x_TF[:, : x_TF.shape[1] // 2])
+    assert not agrees(backend, torch.float32, 1e-4)
 
 
 def test_triton_cuts_contexts_of_few_sequences_only() -> None:
