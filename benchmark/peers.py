@@ -28,7 +28,12 @@ from benchmark.load.client import Client, Record
 from benchmark.load.measure import Objective, summarise
 from benchmark.load.protocol import CompletionApi
 from benchmark.load.workload import WORDS, Conversation, Turn
-from benchmark.peer_servers.servers import PEERS, own_server, peer_server
+from benchmark.peer_servers.servers import (
+    PEERS,
+    end_servers_on_sigterm,
+    own_server,
+    peer_server,
+)
 from benchmark.ratios import ratio_of
 from benchmark.results_file import provenance, write_json
 
@@ -164,6 +169,7 @@ def lines(name: str, found: Report) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 1 if no peer could be measured."""
     asked = _parser().parse_args(arguments)
+    end_servers_on_sigterm()
     folder = checkpoint(MODEL, asked.checkpoints)
     prompts = Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
     report: Report = {"about": provenance("tessera", "torch"), "peers": {}}

@@ -2,8 +2,8 @@
 
     python -m benchmark.quantized_decode --out benchmark/results/quantized_decode.json
 
-The models take turns: in each round every kind does a few steps, whose median counts, and `speedup`
-is the median over rounds of bfloat16's time over the kind's. Times are processor time of one thread,
+The models take turns: in each round every kind does a few steps, whose median counts. `speedup` is
+the median over rounds of bfloat16's time over the kind's. Times are processor time of one thread,
 from a step's message to its reply: embedding, all layers, head, sampling. Weights are random, so
 only times mean something (`benchmark.checkpoints`).
 """
@@ -27,7 +27,6 @@ KINDS = {  # QUANTIZE and KV_CACHE_DTYPE
     BASELINE: ("", "auto"),
     "int8": ("int8", "auto"),
     "int4": ("int4", "auto"),
-    "bf16, fp8 cache": ("", "fp8_e4m3fn"),
     "int4, fp8 cache": ("int4", "fp8_e4m3fn"),
 }
 CASES = [Case("decode", 1, 128), Case("decode", 8, 128), Case("decode", 8, 2048)]

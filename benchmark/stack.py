@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from benchmark.checkpoints import CACHE, checkpoint
 from benchmark.load.measure import Objective, summarise
-from benchmark.peer_servers.servers import own_server
+from benchmark.peer_servers.servers import end_servers_on_sigterm, own_server
 from benchmark.peers import MODEL, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Prompts
 from benchmark.ratios import ratio_of
 from benchmark.results_file import provenance, write_json
@@ -47,6 +47,7 @@ def step_ms(streams: int, checkpoints: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     asked = _parser().parse_args(arguments)
+    end_servers_on_sigterm()
     folder = checkpoint(MODEL, asked.checkpoints)
     prompts = Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
     report: dict[str, Any] = {"about": provenance("tessera", "torch"), "streams": {}}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.checkpoints import CACHE, CHECKPOINTS, checkpoint
-from benchmark.peer_servers.servers import own_server
+from benchmark.peer_servers.servers import end_servers_on_sigterm, own_server
 from benchmark.ratios import ratio_of
 from benchmark.results_file import provenance, write_json
 from tessera.launcher.model_folder import DEMO_FOLDER
@@ -102,6 +102,7 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     asked = _parser().parse_args(arguments)
+    end_servers_on_sigterm()
     folder = checkpoint(asked.model, asked.checkpoints)
     report: dict[str, Any] = {"about": provenance("tessera", "torch", "safetensors")}
     report["about"] |= {"rounds": asked.rounds}

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import LifoQueue
 from typing import TypeVar
@@ -84,9 +84,13 @@ class GuideCompiler:
             found = await self._quick.run(owner, partial(self._compile, grammar, self._quick))
             if found is None:
                 found = await self._slow.run(owner, partial(self._compile, grammar, self._slow))
-        except (TimeoutError, TrialLost):
+        except TimeoutError:
             raise OverloadedError(
                 "Model is overloaded: too many grammars are being compiled. Retry later."
+            ) from None
+        except TrialLost:
+            raise OverloadedError(
+                "Model is overloaded: the process that tries grammars was lost twice. Retry later."
             ) from None
         assert found is not None  # the slow lane always has an answer
         return found
@@ -120,8 +124,7 @@ class GuideCompiler:
             return str(error)
         guide = Guide(matcher, self._mask_bytes, grammar.digest, passed.is_slow)
         is_shared = time.thread_time() - started > SLOW_S
-        passed.share(guide if is_shared else None)
-        self._keep(grammar, passed)
+        self._keep(grammar, replace(passed, guide=guide if is_shared else None, num_uses=1))
         return guide
 
     def _take(self, grammar: Grammar) -> Guide | str | None:
@@ -221,10 +224,6 @@ class _Passed:
     is_quick: bool  # to compile
     guide: Guide | None = None  # kept where compiling took long
     num_uses: int = 0
-
-    def share(self, guide: Guide | None) -> None:
-        """Begin to count who uses this guide."""
-        self.guide, self.num_uses = guide, 1
 
     def take(self) -> Guide | None:
         """The guide, unless enough requests have followed it."""

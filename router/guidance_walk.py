@@ -6,12 +6,10 @@ expressions, or time for each token. Both show soon, because most such grammars 
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from numpy.typing import NDArray
 
 from tessera.router.guidance_compile import GrammarError, described
 
@@ -27,30 +25,30 @@ MAX_TOKEN_S = 0.02
 _STRUCTURAL = frozenset(b"\"{}[]():,;<>\n'=")
 
 
-Kind = NDArray[np.bool_]
-"""Some of the token ids: [vocabulary]."""
+Ids = int
+"""A set of token ids: bit i stands for id i."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walker:
     """Walks for one tokenizer, whose tokens it knows by kind."""
 
-    objects_V: Kind  # begin an object
-    arrays_V: Kind
-    structural_V: Kind  # have a character that begins or ends something
-    single_V: Kind  # are single bytes, which go where longer ones go past
-    eos_ids: tuple[int, ...]
+    objects: Ids  # begin an object
+    arrays: Ids
+    structural: Ids  # have a character that begins or ends something
+    single: Ids  # are single bytes, which go where longer ones go past
+    ends: Ids  # end an answer
 
     @classmethod
-    def of(cls, tokenizer: LLTokenizer, eos_ids: tuple[int, ...]) -> "Walker":
+    def of(cls, tokenizer: LLTokenizer, eos_ids: Sequence[int]) -> "Walker":
         """Look at all tokens; takes half a second for large vocabularies."""
         texts = [tokenizer.decode_bytes([id_]) for id_ in range(tokenizer.vocab_size)]
         return cls(
-            np.array([text.startswith(b"{") for text in texts]),
-            np.array([text.startswith(b"[") for text in texts]),
-            np.array([not _STRUCTURAL.isdisjoint(text) for text in texts]),
-            np.array([len(text) == 1 for text in texts]),
-            eos_ids,
+            _ids(text.startswith(b"{") for text in texts),
+            _ids(text.startswith(b"[") for text in texts),
+            _ids(not _STRUCTURAL.isdisjoint(text) for text in texts),
+            _ids(len(text) == 1 for text in texts),
+            _ids(id_ in eos_ids for id_ in range(len(texts))),
         )
 
     def walk(self, matcher: LLMatcher) -> float:
@@ -63,18 +61,18 @@ class Walker:
             GrammarError: it failed, or took too long.
         """
         chance = random.Random(0)  # the same grammar is judged alike
-        anything = ((), (self.structural_V,), (self.single_V,))
-        spent_s = self._walk(matcher, DEEP_TOKENS, [(self.objects_V, self.structural_V)], chance, 0)
-        spent_s = self._walk(
-            matcher, DEEP_TOKENS, [(self.arrays_V, self.structural_V)], chance, spent_s
-        )
+        spent_s = 0.0
+        for first in (self.objects, self.arrays):
+            taste = (first, self.structural)
+            spent_s = self._walk(matcher, DEEP_TOKENS, [taste], chance, spent_s)
+        anything = ((), (self.structural,), (self.single,))
         return self._walk(matcher, LONG_TOKENS, anything, chance, spent_s) / NUM_TOKENS
 
     def _walk(
         self,
         matcher: LLMatcher,
         num_tokens: int,
-        tastes: Sequence[Sequence[Kind]],
+        tastes: Sequence[Sequence[Ids]],
         chance: random.Random,
         spent_s: float,
     ) -> float:
@@ -82,26 +80,31 @@ class Walker:
         current = matcher.deep_copy()
         for _ in range(num_tokens):
             started = time.thread_time()
-            ids = self._next_ids(current, chance.choice(tastes))
-            if ids.size:
-                current.consume_token(int(ids[chance.randrange(ids.size)]))
+            token_id = self._next_id(current, chance.choice(tastes), chance)
+            if token_id is not None:
+                current.consume_token(token_id)
             spent_s += time.thread_time() - started
             _check(current, spent_s)
-            if not ids.size or current.is_stopped():
+            if token_id is None or current.is_stopped():
                 current = matcher.deep_copy()
         return spent_s
 
-    def _next_ids(self, matcher: LLMatcher, taste: Sequence[Kind]) -> NDArray[np.intp]:
-        """The tokens to choose from, without the end of the answer: those of the first kind of
-        which some are allowed, or else all that are."""
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        allowed_V = np.unpackbits(mask, count=self.single_V.size, bitorder="little") != 0
-        allowed_V[list(self.eos_ids)] = False
-        for kind_V in taste:
-            found = np.flatnonzero(allowed_V & kind_V)
-            if found.size:
-                return found
-        return np.flatnonzero(allowed_V)
+    def _next_id(
+        self, matcher: LLMatcher, taste: Sequence[Ids], chance: random.Random
+    ) -> int | None:
+        """One that is allowed, of the first kind of which some are, if any; not the end."""
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little") & ~self.ends
+        if not allowed:
+            return None
+        found = next((allowed & kind for kind in taste if allowed & kind), allowed)
+        place = chance.randrange(found.bit_length())
+        rest = found >> place
+        return place + (rest & -rest).bit_length() - 1
+
+
+def _ids(flags: Iterable[bool]) -> Ids:
+    digits = "".join("01"[flag] for flag in flags)
+    return int(digits[::-1], 2)
 
 
 def _check(matcher: LLMatcher, spent_s: float) -> None:

@@ -1,7 +1,9 @@
 """HTTP/1.1 as uvicorn parses it, with limits on heads, on silence and on what waits to be read."""
 
 import asyncio
+import logging
 from functools import partial
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -12,6 +14,8 @@ from uvicorn.protocols.http.httptools_impl import (
 from tessera.router.errors import MalformedBody
 from tessera.router.event_stream import WRITE_NOW, to_json
 from tessera.router.replies import native_error
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 65_536
 """Bytes of a head, of trailers or between two pieces of a body. nginx takes 32 KB."""
@@ -44,6 +48,7 @@ class GuardedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected; its first head is awaited."""
         super().connection_made(transport)
+        self.logger = _CalmLog(logger)  # type: ignore[assignment]  # as far as it is used
         # Nothing may wait unnoticed: writing counts as paused as soon as the system takes no more.
         transport.set_write_buffer_limits(0)
         self._restart_timer()
@@ -77,6 +82,9 @@ class GuardedHttp(HttpToolsProtocol):
         """The head is there; a body may follow."""
         self._num_unread = 0
         self._restart_timer()
+        if self.parser.should_upgrade() and self._has_body():  # which the parser would pass over
+            self.send_400_response("Send requests with a body without the header upgrade.")
+            return
         super().on_headers_complete()
         self.scope["state"][WRITE_NOW] = partial(_write_now, self.cycle)
 
@@ -90,7 +98,8 @@ class GuardedHttp(HttpToolsProtocol):
         """Nothing more is awaited for this request."""
         self._num_unread = 0
         self._stop_timer()
-        super().on_message_complete()
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP in the shape of every other refusal."""
@@ -98,6 +107,10 @@ class GuardedHttp(HttpToolsProtocol):
             content = to_json(native_error(MalformedBody(msg))).encode("ascii")
             self.transport.write(STATUS_LINE[400] + _REFUSAL_HEAD % len(content) + content)
         self.transport.close()
+
+    def _has_body(self) -> bool:
+        lengths = (b"content-length", b"transfer-encoding")
+        return any(name in lengths and value != b"0" for name, value in self.headers)
 
     def _is_answering(self) -> bool:
         """Whether a request that was read to its end has no complete answer yet."""
@@ -147,3 +160,14 @@ def _write_now(cycle: RequestResponseCycle, content: bytes) -> bool:
         return False
     cycle.transport.write(b"%x\r\n%b\r\n" % (len(content), content))
     return True
+
+
+class _CalmLog(logging.LoggerAdapter[logging.Logger]):
+    """What uvicorn warns of is what clients sent; they must not be able to fill the log with it."""
+
+    @property
+    def level(self) -> int:
+        return self.getEffectiveLevel()
+
+    def warning(self, msg: object, *args: object, **options: Any) -> None:
+        self.debug(msg, *args, **options)

@@ -208,6 +208,7 @@ def server_config(app: ASGIApp, settings: RouterSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=GuardedHttp,
+        ws="none",  # there is no websocket here, so no advice on how to install one
         log_config=None,
         access_log=False,
         lifespan="off",  # the app has none, and one that is cut off fills the log

@@ -119,7 +119,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -133,8 +133,11 @@ class ApiKey:
 
     def _is_valid(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(b" ")
         # In constant time: how long it takes must not tell how much of a guess was right.
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 
 def _is_open(scope: Scope) -> bool:

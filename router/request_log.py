@@ -84,6 +84,7 @@ def log_fields(record: RequestRecord) -> dict[str, str | int | float]:
         "route": record.route or "none",
         "status": record.status,
         "error_type": record.error_type or None,
+        "param": record.param or None,
     }
     if record.generations:
         fields |= _tokens(record)

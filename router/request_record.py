@@ -5,6 +5,7 @@ harmless. So neither a log nor a trace can give away a prompt, a picture or a ke
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from typing import Protocol
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from tessera.router.errors import RouterError
+from tessera.router.errors import RouterError, ValidationError
 from tessera.router.generation import TokenStream
 from tessera.router.request import Request
 
 CANCELLED = "cancelled"
 """Error type where the client left; the others are those that clients are told."""
+
+_OUR_FIELD = re.compile(r"(parameters\.)?[a-z_]+")
+"""Of a parameter's place in a body, what is surely ours: further in, clients choose keys, too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +93,7 @@ class RequestRecord:
     route: str = ""  # as it is declared; empty: there is no such address
     status: int | None = None  # None: the reply never began
     error_type: str = ""
+    param: str = ""  # the field of the body that was refused, where it was exactly one
     is_our_fault: bool = False
     stages: Stages = field(default_factory=Stages)
     generations: list[tuple[Request, TokenStream]] = field(default_factory=list)
@@ -106,6 +111,9 @@ class RequestRecord:
             case RouterError():
                 self.error_type = error.error_type
                 self.is_our_fault = error.status >= 500 or error.status == 424
+                if isinstance(error, ValidationError) and error.param:
+                    found = _OUR_FIELD.match(error.param)
+                    self.param = found[0] if found else ""
             case ClientDisconnect() | asyncio.CancelledError() | GeneratorExit():
                 self.error_type = CANCELLED
             case _:

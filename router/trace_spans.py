@@ -49,6 +49,8 @@ def _http_attributes(record: RequestRecord) -> Attributes:
         attributes["http.response.status_code"] = record.status
     if record.error_type:
         attributes["error.type"] = record.error_type
+    if record.param:
+        attributes["tessera.error.param"] = record.param
     return attributes
 
 

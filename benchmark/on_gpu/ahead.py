@@ -20,39 +20,45 @@ class Took:
     idle: list[int]  # from the end of one to the start of the next
 
 
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Marks of a step's start and end."""
+
+    start: Any
+    end: Any
+    is_timed: bool
+
+
 def run_ahead(engine: Engine, steps: Iterable[tuple[shard_pb2.Step, bool]]) -> Took:
     """Run steps, of which those with True are timed.
 
     Raises:
         RuntimeError: a sequence failed, so the times say nothing.
     """
-    backend = engine.placement.backend
-    under_way: Launched | None = None
-    spans: list[tuple[Any, Any, bool]] = []  # marks of start and end, and whether it is timed
-
-    def finish(launched: Launched) -> Any:
-        reply = engine.finish(launched)
-        if reply.failures:
-            raise RuntimeError(f"a step failed: {reply.failures[0].message}")
-        return launched.done or backend.mark()
-
-    ends: list[Any] = []
+    spans: list[_Span] = []
+    under_way: tuple[Launched, bool] | None = None
     for step, is_timed in steps:
-        if under_way is not None and not under_way.may_be_followed:
-            ends.append(finish(under_way))
+        if under_way is not None and not under_way[0].may_be_followed:
+            spans.append(_finished(engine, *under_way))
             under_way = None
         following = engine.launch(step)
-        spans.append((following.started, None, is_timed))
         if under_way is not None:
-            ends.append(finish(under_way))
-        under_way = following
+            spans.append(_finished(engine, *under_way))
+        under_way = (following, is_timed)
     if under_way is not None:
-        ends.append(finish(under_way))
-    took = Took([], [], [])
-    marks = [(start, end, timed) for (start, _, timed), end in zip(spans, ends, strict=True)]
-    took.steps.extend(backend.elapsed_ns(start, end) for start, end, timed in marks if timed)
-    for (start, end, timed), (next_start, _, next_timed) in pairwise(marks):
-        if timed and next_timed:
-            took.periods.append(backend.elapsed_ns(start, next_start))
-            took.idle.append(max(0, backend.elapsed_ns(end, next_start)))
-    return took
+        spans.append(_finished(engine, *under_way))
+    between = engine.placement.backend.elapsed_ns
+    in_a_row = [(a, b) for a, b in pairwise(spans) if a.is_timed and b.is_timed]
+    return Took(
+        steps=[between(span.start, span.end) for span in spans if span.is_timed],
+        periods=[between(a.start, b.start) for a, b in in_a_row],
+        idle=[max(0, between(a.end, b.start)) for a, b in in_a_row],
+    )
+
+
+def _finished(engine: Engine, launched: Launched, is_timed: bool) -> _Span:
+    reply = engine.finish(launched)
+    if reply.failures:
+        raise RuntimeError(f"a step failed: {reply.failures[0].message}")
+    end = engine.placement.backend.mark() if launched.done is None else launched.done
+    return _Span(launched.started, end, is_timed)

@@ -25,7 +25,7 @@ def static_generate(
 
 
 class Generate:
-    """Decode rates of one model, from prompts of which `context` is the end's length."""
+    """Decode rates of one model; half-way through an answer it sees `context` tokens."""
 
     def __init__(self, model: Any, device: torch.device, context: int, new_tokens: int) -> None:
         self._model = model
@@ -35,12 +35,13 @@ class Generate:
 
     def tokens_per_s(self, batch: int, rounds: int) -> float:
         """Of a batch decoding; prefill is taken out by a run that stops after the first token."""
-        seconds = []
+        whole, first = [], []
         for number in range(rounds + 1):
-            whole, first = self._seconds(batch, self._new_tokens + 1), self._seconds(batch, 1)
+            took = self._seconds(batch, self._new_tokens + 1), self._seconds(batch, 1)
             if number:  # the first round compiles
-                seconds.append(whole - first)
-        return batch * self._new_tokens / min(seconds)
+                whole.append(took[0])
+                first.append(took[1])
+        return batch * self._new_tokens / (min(whole) - min(first))
 
     def _seconds(self, batch: int, new_tokens: int) -> float:
         ids = torch.full((batch, self._prompt), 5, dtype=torch.int64, device=self._device)

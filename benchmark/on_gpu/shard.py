@@ -68,7 +68,7 @@ class GpuShard:
         self.recorded_bytes = self.engine.record_decodes(max_batch, max_context)
         self._writer = StepWriter(num_blocks, config.get("vision_config", {}).get("image_size", 0))
 
-    def decode(self, batch: int, context: int, rounds: int) -> "Timed":
+    def decode(self, batch: int, context: int, rounds: int) -> Timed:
         """Decode steps in a row. A period is what a stream waits for its next token."""
         case = Case("decode", batch, context)
         took = self._run(self._rounds(case, rounds))
@@ -82,7 +82,7 @@ class GpuShard:
         }
         return Timed(case.name, case.work(self.sizes), period_s, more)
 
-    def prefill(self, tokens: int, rounds: int) -> "Timed":
+    def prefill(self, tokens: int, rounds: int) -> Timed:
         """A whole prompt in one step."""
         case = Case("prefill", 1, tokens)
         took = self._run(self._rounds(case, rounds))
@@ -90,7 +90,7 @@ class GpuShard:
         more = {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
         return Timed(case.name, case.work(self.sizes), seconds, more)
 
-    def pictures(self, count: int, rounds: int) -> "Timed":
+    def pictures(self, count: int, rounds: int) -> Timed:
         """Pictures of `TILES` tiles encoded together."""
         took = self._run((self._pictures(count), True) for _ in range(rounds + 1))
         seconds = statistics.median(took.steps[1:]) / 1e9

@@ -86,6 +86,11 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
+def end_servers_on_sigterm() -> None:
+    """Have SIGTERM leave every `with`, so that no server outlives this process."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def own_command(folder: Path, port: int) -> list[str]:
     """This project's server, with the defaults that users get."""
     launcher = [sys.executable, "-m", "tessera.launcher.main", "--model-id", str(folder)]

@@ -109,7 +109,7 @@ class CpuBackend(ReferenceBackend):
 
         A row's result has the same bits whatever other rows are there.
         """
-        return QuantizedLinear(weight, bias_O, self._variant)
+        return QuantizedLinear(weight, bias_O, self._variant, self._weights)
 
     def add_rms_norm(
         self, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
@@ -167,8 +167,11 @@ class CpuBackend(ReferenceBackend):
 class QuantizedLinear:
     """The kernels' product with weights of few bits, in the layout of `quantized.pack`."""
 
-    def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None, variant: int) -> None:
-        self.packed = pack(weight)
+    def __init__(
+        self, weight: QuantizedWeight, bias_O: Tensor | None, variant: int, memory: HugePages
+    ) -> None:
+        packed = pack(weight)
+        self.packed = memory.empty(tuple(packed.shape), torch.uint8).copy_(packed)
         self.bias_O = bias_O
         self._out_features, self._bits, self._variant = weight.shape[0], weight.bits, variant
         self._multiply = torch.ops.tessera_cpu.quantized_linear.default

@@ -11,8 +11,6 @@ from tessera.shard.backends.fused_attention import FusedAttentionBackend
 
 logger = logging.getLogger(__name__)
 
-FLOAT8_SINCE = (8, 9)  # Ada and Hopper: what Triton needs to convert numbers of 8 bits
-
 
 def available() -> bool:
     """Whether torch finds a CUDA device."""
@@ -24,7 +22,7 @@ def create(device: torch.device) -> Backend:
     # For this thread, which is the one that computes: Triton launches on the current device.
     torch.cuda.set_device(device)
     try:
-        from tessera.shard.backends.triton_backend import flash_works, float8_works, kernels_work
+        from tessera.shard.backends.triton_backend import flash_works, kernels_work
         from tessera.shard.backends.triton_cuda import TritonCudaBackend
     except ImportError:
         logger.warning("Triton is not installed: computing with torch's slower operations")
@@ -35,8 +33,6 @@ def create(device: torch.device) -> Backend:
         logger.warning("Triton kernels do not work here: computing with torch's slower operations")
         return CudaBackend(device)
     backend.flash = flash_works(device)
-    if torch.cuda.get_device_capability(device) >= FLOAT8_SINCE:
-        backend.float8_cache = float8_works(backend)
     return backend
 
 
@@ -46,6 +42,11 @@ class CudaDevice:
     name = "cuda"
     runs_ahead = True
     device: torch.device
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """What NVIDIA calls the compute capability: (9, 0) is Hopper."""
+        return torch.cuda.get_device_capability(self.device)
 
     def free_memory_bytes(self) -> int:
         """See `Backend.free_memory_bytes`. What torch keeps unused for itself is ours too."""

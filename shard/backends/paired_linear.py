@@ -25,7 +25,7 @@ class PairedLinear:
             weight_OI: bfloat16, with an even number of inputs.
             variant: number of the kernels, for which `paired_linear_pays`.
         """
-        self.packed = pack(weight_OI, memory)
+        self.packed = pack(weight_OI, variant, memory)
         self.bias_O = bias_O
         self._out_features, self._variant = weight_OI.shape[0], variant
         self._multiply = torch.ops.tessera_cpu.paired_linear.default
@@ -38,9 +38,9 @@ class PairedLinear:
         return out_TO
 
 
-def pack(weight_OI: Tensor, memory: HugePages) -> Tensor:
+def pack(weight_OI: Tensor, variant: int, memory: HugePages) -> Tensor:
     """The weight's blocks [ceil(O / 64), I / 2, 64, 2]; outputs beyond the last are zero."""
     rows, columns = weight_OI.shape
     blocks = memory.empty((-(-rows // OUT), columns // 2, OUT, 2), torch.bfloat16)
-    torch.ops.tessera_cpu.pack_paired(weight_OI.contiguous(), blocks)
+    torch.ops.tessera_cpu.pack_paired(weight_OI.contiguous(), blocks, variant)
     return blocks

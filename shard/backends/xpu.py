@@ -98,8 +98,8 @@ class XpuDevice:
     @cached_property
     def _measures_time(self) -> bool:
         """Whether its events tell the time between them; it depends on driver and compiler."""
-        first, last = self._event(), self._event()
         try:
+            first, last = self._event(), self._event()
             last.synchronize()
             first.elapsed_time(last)
         except RuntimeError:
@@ -109,7 +109,7 @@ class XpuDevice:
 
     def _event(self) -> torch.xpu.Event:
         event = torch.xpu.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.xpu.current_stream(self.device))
         return event
 
     def mark(self) -> Any:

@@ -18,7 +18,7 @@ SIZES = (
     *("--streams", "3"),
     *("--stream-prompt", "10"),
     *("--stream-tokens", "6"),
-    *("--new-tokens", "4"),
+    *("--new-tokens", "24"),
     *("--rounds", "1"),
     *("--copy-mib", "4"),
     *("--matrix-size", "64"),

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tessera.launcher.settings import ABSENT, CLASSES, IGNORED
+from tessera.launcher.settings import ABSENT, CLASSES, FOREIGN, IGNORED
 from tessera.proto.env import environment_names
 
 TEXT = (Path(__file__).parents[2] / "MIGRATING.md").read_text(encoding="utf-8")
@@ -26,5 +26,5 @@ def test_what_is_missing_is_told() -> None:
 
 def test_settings_it_speaks_of_exist() -> None:
     spoken = set(re.findall(r"`([A-Z]+_[A-Z_]+)(?:=\S+)?`", TEXT))
-    known = environment_names(*CLASSES) | IGNORED.keys() | ABSENT.keys()
+    known = environment_names(*CLASSES) | IGNORED.keys() | ABSENT.keys() | FOREIGN
     assert spoken - known - {"HF_TOKEN", "HF_HUB_OFFLINE"} == set()

@@ -44,10 +44,10 @@ class Engine:
     client: str
     environ: dict[str, str] = field(repr=False)
 
-    def run(self, *arguments: str, timeout: float = 120, check: bool = True) -> str:
+    def run(self, *arguments: str, timeout: float = 120) -> str:
         """What a docker command prints to stdout; its stderr is in the failure."""
         done = self.try_run(*arguments, timeout=timeout)
-        assert not check or done.returncode == 0, f"docker {arguments}: {done.stderr[-4000:]}"
+        assert done.returncode == 0, f"docker {arguments}: {done.stderr[-4000:]}"
         return done.stdout.strip()
 
     def try_run(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -140,10 +140,7 @@ def _private_engine(engine: Engine) -> Iterator[None]:
         raise NoEngine("no Docker engine answers, and starting one takes root and dockerd")
     with (FOLDER / "lock").open("w") as lock, (FOLDER / "dockerd.log").open("w") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two would fight for the bridge and the images
-        _unmount_store()
-        STORE.mkdir(exist_ok=True)
-        size = f"size={STORE_GIB}g"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", STORE], check=True)
+        _mount_store()
         folders = ("--data-root", str(STORE), "--exec-root", str(FOLDER / "run"))
         network = ("--bip", BRIDGE, "--default-address-pool", POOL, "--iptables=false")
         closed = ("--ip6tables=false", "--ip-forward=false", "--ip-masq=false")
@@ -163,6 +160,14 @@ def _private_engine(engine: Engine) -> Iterator[None]:
             process.wait(60)
             _unmount_store()
             subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
+
+
+def _mount_store() -> None:
+    _unmount_store()
+    STORE.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={STORE_GIB}g", "tmpfs", STORE]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise NoEngine("root may not mount a file system here, so no engine can run")
 
 
 def _unmount_store() -> None:

@@ -78,6 +78,7 @@ def test_hostile_grammars_are_refused_while_neighbours_go_on(stack: Stack) -> No
         {"type": "json", "value": {"$ref": "http://127.0.0.1:1/schema"}},
         {"type": "regex", "value": "(" * 30_000 + "a" + ")" * 30_000},
         {"type": "regex", "value": "(?=a)b"},
+        {"type": "json", "value": {"properties": {f"p{i}": {} for i in range(3000)}}},
     ]
     plain = ask(question(99), 40)
     [before] = post_all(stack, [plain])
@@ -88,6 +89,39 @@ def test_hostile_grammars_are_refused_while_neighbours_go_on(stack: Stack) -> No
         assert reply.json()["error_type"] == "validation"
         assert "grammar is not valid" in reply.json()["error"]
     assert replies[-1].status_code == 200
+
+
+def test_answers_to_a_union_of_hundreds_of_objects(stack: Stack) -> None:
+    kinds = [
+        {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}, "kind": {"const": f"k{i}"}},
+            "required": ["a", "kind"],
+            "additionalProperties": False,
+        }
+        for i in range(400)
+    ]
+    for schema in ({"anyOf": kinds}, {"enum": [{"id": i} for i in range(900)]}):
+        replies = post_all(stack, [guided(n, {"type": "json", "value": schema}) for n in range(3)])
+        for reply in replies:
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["details"]["finish_reason"] == "eos_token"
+            jsonschema.validate(json.loads(reply.json()["generated_text"]), schema)
+
+
+def test_answers_whose_masks_take_long_are_valid_too(stack: Stack) -> None:
+    names = [f"p{i}" for i in range(700)]
+    slow = {"type": "object", "properties": {name: {"type": "null"} for name in names}}
+    slow |= {"additionalProperties": False}
+    plain = ask(question(400), 60)
+    [before] = post_all(stack, [plain])
+    bodies = [guided(n, {"type": "json", "value": slow}) for n in range(6)]
+    *replies, after = post_all(stack, [*bodies, plain])
+    assert after.json() == before.json()
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+        if reply.json()["details"]["finish_reason"] == "eos_token":
+            jsonschema.validate(json.loads(reply.json()["generated_text"]), slow)
 
 
 def test_neighbours_of_guided_requests_answer_as_they_do_alone(stack: Stack) -> None:

@@ -1,19 +1,19 @@
 """Traces and logs of the whole stack, as a collector and a reader of the log get them."""
 
 import asyncio
-import base64
 import json
-import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
-from tests.end_to_end.asking import Body, endless, question, streaming
+from tests.end_to_end.asking import Body, endless, png, question, streaming
 from tests.end_to_end.stack import Stack, running
 from tests.otlp_sink import Sink, Span, otlp_sink
 
@@ -23,7 +23,7 @@ KEY, PROMPT = "sesame-open", "Unspeakable"
 AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARTS = ["validation", "queue", "prefill", "decode"]
-NUM_TOGETHER = 6
+NUM_TOGETHER = 10
 
 
 @pytest.fixture(scope="module")
@@ -153,17 +153,61 @@ def test_a_request_that_is_refused(stack: Stack, sink: Sink) -> None:
     assert (event["level"], event["status"], event["error_type"]) == ("INFO", 422, "validation")
 
 
+def send_secrets(stack: Stack) -> list[str]:
+    """Requests that succeed, are refused and are no requests; what nobody may read afterwards."""
+    picture = png(30, 20, seed=9)
+    prompt = f"![](data:image/png;base64,{picture}){PROMPT}"
+    bodies: list[Body] = [
+        {"inputs": prompt, "parameters": {"max_new_tokens": 3, "stop": ["Stop-word"]}},
+        {"inputs": prompt, "parameters": {"max_new_tokens": 3, "grammar": {"value": PROMPT}}},
+        {"inputs": prompt, "parameters": {"top_p": PROMPT}},
+        {"inputs": f"![](data:image/png;base64,{picture[:40]}){PROMPT}"},
+        {"inputs": f"![](http://127.0.0.1:9/{PROMPT}.png)"},
+        {PROMPT: PROMPT},
+    ]
+    headers = {**AUTHORIZATION, "cookie": "c00kie", "traceparent": PROMPT, "x-request-id": "secret"}
+    with httpx.Client(base_url=stack.url, timeout=60, verify=False) as client:
+        replies = [client.post("/generate", json=body, headers=headers) for body in bodies]
+        replies.append(client.post(f"/{PROMPT}", json={}, headers=headers))
+        guess = {"authorization": "Bearer gu3ss"}
+        replies.append(client.post(f"/generate?key={KEY}", json=bodies[0], headers=guess))
+        replies.append(client.post("/generate", content=PROMPT, headers=headers))
+    assert [reply.status_code for reply in replies] == [200, *[422] * 5, 404, 401, 400]
+    host, port = stack.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{PROMPT}\r\n{KEY}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    return [KEY, PROMPT, "Stop-word", "c00kie", "gu3ss", picture[:30], picture[-30:]]
+
+
 def test_neither_the_log_nor_the_traces_hold_a_secret(stack: Stack, sink: Sink) -> None:
-    picture = base64.b64encode(random.Random(1).randbytes(30)).decode()
-    ask_all(stack, {"secret": f"{PROMPT} {picture}"})
-    sink.trace_of("secret")
-    line_of(stack, "secret")
+    secrets = send_secrets(stack)
+    ask_all(stack, {"behind": "x"})
+    sink.trace_of("behind")
+    line_of(stack, "behind")
     assert any("API_KEY=..." in line for line in stack.lines)
-    for line in stack.lines:
-        assert isinstance(json.loads(line), dict)
-    for secret in (KEY, PROMPT, picture):
+    events = [json.loads(line) for line in stack.lines]
+    assert all(isinstance(event, dict) for event in events)
+    assert {"router", "shard 0", "shard 1"} <= {event.get("child") for event in events}
+    assert len([event for event in events if event.get("request_id") == "secret"]) == 8
+    for secret in secrets:
         assert secret not in stack.log
         assert secret.encode() not in b"".join(sink.received)
+
+
+def test_the_log_as_text_holds_no_secret_either(checkpoint: Callable[[str], Path]) -> None:
+    flags = ["--dtype", "float32", "--max-total-tokens", "320", "--api-key", KEY]
+    with running(checkpoint("next-mistral"), *flags, LOG_LEVEL="debug") as stack:
+        secrets = send_secrets(stack)
+        ask_all(stack, {"behind": "x"})
+        deadline = time.monotonic() + 20
+        while "request_id=behind" not in stack.log and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len([line for line in stack.lines if "request_id=secret" in line]) == 8
+    for secret in secrets:
+        assert secret not in stack.log
+    assert "generated_tokens=3" in stack.log and "finish_reason=length" in stack.log
+    assert "param=top_p" in stack.log or "param=parameters.top_p" in stack.log
 
 
 def test_a_lost_shard_is_told_before_all_ends(stack: Stack, sink: Sink) -> None:

@@ -51,11 +51,14 @@ def test_echo_with_logprobs_begins_with_the_prompts(text_app: App) -> None:
     assert choice["text"] == "HelloHello there"
     assert logprobs["tokens"] == [*(f"p{i}" for i in ids), "Hel", "lo", " there"]
     assert logprobs["token_logprobs"] == [None, *[-0.5] * (len(ids) - 1), -1.0, -1.0, -1.0]
-    assert logprobs["top_logprobs"] == [
-        None,  # nothing is before the first
-        *({f"p{i}": -0.5} for i in ids[1:]),
-        *[{"t0": -1.0}] * 3,
-    ]
+    assert (
+        logprobs["top_logprobs"]
+        == [
+            None,  # nothing is before the first
+            *({f"p{i}": -0.5} for i in ids[1:]),
+            *[{"t0": -1.0}] * 3,
+        ]
+    )
     assert logprobs["text_offset"][-3:] == [5, 8, 10]  # behind the prompt
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     assert joined(events(post(text_app(), PATH, fields | {"stream": True}))) == choice

@@ -395,11 +395,21 @@ def test_a_process_that_speaks_nonsense_is_lost_and_replaced(
             patch.setattr(Trial, "_start", bad_start)
             with pytest.raises(OverloadedError) as refused:
                 await compiler.compile(INTEGER)
-            assert refused.value.status == 429
+            assert refused.value.status == 429 and "lost twice" in str(refused.value)
         await compiler.compile(INTEGER)
 
     with_compiler(vocabulary, use)
     assert num_bad == 2
+
+
+def test_no_request_waits_for_the_tokenizer_to_be_read(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(compiler: GuideCompiler) -> None:
+        monkeypatch.setattr(Vocabulary, "load", None)  # it would hold up the event loop
+        await compiler.compile(INTEGER)
+
+    with_compiler(vocabulary, use)
 
 
 def test_a_process_that_stops_reading_is_lost(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -15,6 +16,8 @@ import uvicorn
 
 from tessera.router.event_stream import EventStream
 from tessera.router.http_protocol import GuardedHttp
+from tessera.router.main import server_config
+from tessera.router.settings import RouterSettings
 from tests.router.http_fakes import wait_until
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -60,9 +63,8 @@ def connected(
     protocol: type[GuardedHttp] = GuardedHttp, app: Any = answer_length
 ) -> Iterator[socket.socket]:
     """A connection to a server that speaks `protocol`."""
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, http=protocol, log_config=None, lifespan="off"
-    )
+    config = server_config(app, RouterSettings())
+    config.host, config.port, config.http = "127.0.0.1", 0, protocol
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -115,6 +117,31 @@ def test_what_is_no_http_is_refused_in_json() -> None:
         head, _, body = read_to_end(client).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert set(json.loads(body)) == {"error", "error_type"}
+
+
+@pytest.mark.parametrize("sent", [b"\x00\xff\r\n\r\n", HEAD + b"Bad header\r\n\r\n"])
+def test_what_is_no_http_cannot_fill_the_log(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with connected() as client:
+        client.sendall(sent)
+        assert read_to_end(client).startswith(b"HTTP/1.1 400 ")
+    assert "Invalid HTTP request" in caplog.text  # for whoever asks for all there is
+    assert not [one for one in caplog.records if one.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_there_is_no_other_protocol_to_change_to(
+    protocol: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    upgrade = b"Connection: upgrade, close\r\nUpgrade: " + protocol + b"\r\n"
+    with connected() as client:
+        client.sendall(HEAD + upgrade + b"Content-Length: 0\r\n\r\n")
+        assert read_to_end(client).endswith(b"0 bytes\r\n0\r\n\r\n")
+    with connected() as client:
+        client.sendall(HEAD + upgrade + b"Content-Length: 2\r\n\r\nab")
+        reply = read_to_end(client)
+    assert reply.startswith(b"HTTP/1.1 400 ") and b"without the header upgrade" in reply
+    assert not [one for one in caplog.records if one.levelno > logging.INFO]
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST", HEAD + b"Content-Length: 9\r\n\r\n1234"])
@@ -198,22 +225,37 @@ class Numbers:
 
 def numbers_in(received: bytes) -> list[int]:
     """What an HTTP client makes of it: its events' numbers, in the order they came."""
-    _, _, body = received.partition(b"\r\n\r\n")
-    content = b""
-    while body:
-        size, _, body = body.partition(b"\r\n")
-        content += body[: int(size, 16)]
-        assert body[int(size, 16) :][:2] == b"\r\n"
-        body = body[int(size, 16) + 2 :]
-    lines = content.decode().splitlines()
+    place = received.index(b"\r\n\r\n") + 4
+    content = []
+    while place < len(received):
+        size_end = received.index(b"\r\n", place)
+        start, size = size_end + 2, int(received[place:size_end], 16)
+        content.append(received[start : start + size])
+        place = start + size + 2
+        assert received[place - 2 : place] == b"\r\n"
+    assert content.pop() == b""
+    lines = b"".join(content).decode().splitlines()
     return [int(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.02])
 def test_a_stream_is_read_as_it_was_made_however_slowly(pause_s: float) -> None:
     """The slow one lags behind by more than the system keeps for it, again and again."""
+    num_pauses = 0
+
+    class Counting(GuardedHttp):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            server_end = transport.get_extra_info("socket")
+            server_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+
+        def pause_writing(self) -> None:
+            nonlocal num_pauses
+            num_pauses += 1
+            super().pause_writing()
+
     app = Numbers(8000)
-    with connected(GuardedHttp, app) as client:
+    with connected(Counting, app) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         client.sendall(HEAD + b"Connection: close\r\n\r\n")
         received = b""
@@ -221,6 +263,7 @@ def test_a_stream_is_read_as_it_was_made_however_slowly(pause_s: float) -> None:
             received += piece
             time.sleep(pause_s)
     assert numbers_in(received) == list(range(1, 8001))
+    assert num_pauses > 1 or not pause_s
     assert app.num_ended == 1
 
 

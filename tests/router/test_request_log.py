@@ -157,6 +157,28 @@ def test_what_is_refused_or_fails_has_a_line(
     assert (logged, fields["status"], fields["error_type"]) == (level, status, error_type)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {"inputs": "x", "parameters": {"top_k": "secret"}}, "parameters.top_k"),
+        ("/generate", {"inputs": "x", "parameters": {"top_p": 12345.0}}, "top_p"),
+        ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 12345}}, "max_new_tokens"),
+        ("/generate", {"secret": "x"}, "inputs"),
+        ("/generate", {"inputs": "x", "parameters": "secret"}, "parameters"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"secret": "secret"}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "x", "stop": [{"secret": 1}]}, "stop"),
+        ("/tokenize", {"inputs": {"secret": 1}}, "inputs"),
+    ],
+)
+def test_the_field_that_is_refused_is_named_and_never_its_value(
+    text_app: App, lines: Lines, path: str, body: dict[str, Any], param: str
+) -> None:
+    assert post(text_app(), path, body).status_code == 422
+    level, fields = lines.only()
+    assert (level, fields["error_type"], fields["param"]) == ("INFO", "validation", param)
+    assert "secret" not in lines.text and "12345" not in lines.text
+
+
 def test_a_stream_that_fails_is_an_error_though_its_status_is_not(
     text_app: App, lines: Lines
 ) -> None:

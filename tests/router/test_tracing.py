@@ -237,6 +237,7 @@ def test_a_request_that_is_refused_is_none(traced_app: MakeApp, sink: Sink) -> N
     found = {name: sink.trace_of(name)[""] for name in ("one", "two", "three")}
     types = {name: span.attributes["error.type"] for name, span in found.items()}
     assert types == {"one": "validation", "two": "overloaded", "three": "unauthorized"}
+    assert found["one"].attributes["tessera.error.param"] == "inputs"
     assert not any(span.is_error for span in found.values())
     assert {span.name for span in found.values()} == {"POST /generate"}
 

@@ -66,8 +66,8 @@ constexpr TypedKernels<T> typed_kernels() {
 const Kernels* TESSERA_NAME(TESSERA_ISA)() {
   static constexpr Kernels kernels{scratch_floats,         merge,
                                    multiply_quantized<4>,  multiply_quantized<8>,
-                                   PAIRED,                 typed_kernels<float>(),
-                                   typed_kernels<bf16>()};
+                                   MULTIPLY_PAIRED,        PACK_PAIRED,
+                                   typed_kernels<float>(), typed_kernels<bf16>()};
   return &kernels;
 }
 

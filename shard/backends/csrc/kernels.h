@@ -133,6 +133,9 @@ struct Kernels {
   using MultiplyPaired = void (*)(const PairedArgs&, int64_t block, int64_t first_row,
                                   int64_t num_rows);
   MultiplyPaired multiply_paired;
+  // A block of such a weight from so many of its rows; null likewise.
+  using PackPaired = void (*)(const bf16* rows, int64_t width, int64_t count, bf16* block);
+  PackPaired pack_paired;
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
 };

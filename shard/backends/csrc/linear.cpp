@@ -14,6 +14,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr char NO_PRODUCT[] = "these kernels have no product with bfloat16";
 constexpr int64_t CELLS_PER_THREAD = 1 << 17;  // numbers of the weight times rows of the input
 
 // Matrix units (AMX) are several times faster at prompts than the vectors these kernels use.
@@ -32,7 +33,7 @@ bool paired_linear_pays(int64_t variant) {
 Tensor paired_linear(const Tensor& x_TI, const Tensor& weight, const std::optional<Tensor>& bias,
                      int64_t out_features, int64_t variant) {
   Kernels::MultiplyPaired multiply = kernels_of(variant).multiply_paired;
-  TORCH_CHECK(multiply, "this processor's kernels have no product with bfloat16");
+  TORCH_CHECK(multiply, NO_PRODUCT);
   Tensor x = x_TI.contiguous();
   check_rows(x, "x", at::kBFloat16);
   check_rows(weight, "the weight", at::kBFloat16);
@@ -64,31 +65,25 @@ Tensor paired_linear(const Tensor& x_TI, const Tensor& weight, const std::option
 
 // Writes the blocks of a weight [O, I], with zeros for outputs beyond the last. `packed`: [ceil(O /
 // PAIRED_OUT), I / 2, PAIRED_OUT, 2].
-void pack_paired(const Tensor& weight_OI, const Tensor& packed) {
+void pack_paired(const Tensor& weight_OI, const Tensor& packed, int64_t variant) {
   check_rows(weight_OI, "the weight", at::kBFloat16);
   check_rows(packed, "packed", at::kBFloat16);
-  const int64_t rows = weight_OI.size(0), width = weight_OI.size(1), pairs = width / 2;
+  const int64_t rows = weight_OI.size(0), width = weight_OI.size(1);
   const int64_t blocks = (rows + PAIRED_OUT - 1) / PAIRED_OUT;
   TORCH_CHECK(width % 2 == 0 && packed.numel() == blocks * width * PAIRED_OUT,
-              "packed must have room for ", blocks, " blocks of ", pairs, " pairs");
-  const auto* from = reinterpret_cast<const uint32_t*>(data<bf16>(weight_OI));
-  auto* to = reinterpret_cast<uint32_t*>(data<bf16>(packed));
-  constexpr int64_t PAIRS = 16;  // a cache line of each output
-  at::parallel_for(0, blocks, (CELLS_PER_THREAD + width * PAIRED_OUT - 1) / (width * PAIRED_OUT),
+              "packed must have room for ", blocks, " blocks of ", width, " columns");
+  const auto* from = data<bf16>(weight_OI);
+  auto* to = data<bf16>(packed);
+  auto pack = kernels_of(variant).pack_paired;
+  TORCH_CHECK(pack, NO_PRODUCT);
+  at::parallel_for(0, blocks, 1 + CELLS_PER_THREAD / (width * PAIRED_OUT),
                    [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t count = std::min(PAIRED_OUT, rows - block * PAIRED_OUT);
-      for (int64_t first = 0; first < pairs; first += PAIRS) {
-        const int64_t last = std::min(first + PAIRS, pairs);
-        for (int64_t out = 0; out < PAIRED_OUT; out++) {
-          const uint32_t* row = from + (block * PAIRED_OUT + out) * pairs;
-          for (int64_t pair = first; pair < last; pair++) {
-            to[(block * pairs + pair) * PAIRED_OUT + out] = out < count ? row[pair] : 0;
-          }
-        }
-      }
-    }
-  });
+                     for (int64_t block = begin; block < end; block++) {
+                       const int64_t first = block * PAIRED_OUT;
+                       pack(from + first * width, width, std::min(PAIRED_OUT, rows - first),
+                            to + first * width);
+                     }
+                   });
 }
 
 TORCH_LIBRARY_FRAGMENT(tessera_cpu, library) {
@@ -96,7 +91,7 @@ TORCH_LIBRARY_FRAGMENT(tessera_cpu, library) {
   library.def(
       "paired_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int variant) -> "
       "Tensor");
-  library.def("pack_paired(Tensor weight, Tensor(a!) packed) -> ()");
+  library.def("pack_paired(Tensor weight, Tensor(a!) packed, int variant) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {

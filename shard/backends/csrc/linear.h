@@ -4,6 +4,7 @@
 // beside it.
 #pragma once
 
+#include "attention.h"
 #include "matmul.h"
 
 namespace tessera {
@@ -43,9 +44,30 @@ void multiply_paired(const PairedArgs& args, int64_t block, int64_t first_row, i
     });
   }
 }
-constexpr Kernels::MultiplyPaired PAIRED = multiply_paired;
+
+// One block of a weight from `count` of its rows; outputs beyond them become zero.
+void pack_paired(const bf16* rows, int64_t width, int64_t count, bf16* block) {
+  const int64_t pairs = width / 2;
+  for_each_span(pairs, [&](Span span) {
+    for (int64_t out = 0; out < PAIRED_OUT; out += LANES) {
+      Floats cells[LANES];
+      for (int64_t i = 0; i < LANES; i++) {
+        const bf16* row = rows + (out + i) * width;
+        cells[i] = out + i < count ? load_cells(row, span.at, span.count, PairCell{}) : Floats{};
+      }
+      transpose(cells);
+      for (int64_t i = 0; i < span.count; i++) {
+        store(reinterpret_cast<float*>(block) + (span.at + i) * PAIRED_OUT + out, cells[i]);
+      }
+    }
+  });
+}
+
+constexpr Kernels::MultiplyPaired MULTIPLY_PAIRED = multiply_paired;
+constexpr Kernels::PackPaired PACK_PAIRED = pack_paired;
 #else
-constexpr Kernels::MultiplyPaired PAIRED = nullptr;
+constexpr Kernels::MultiplyPaired MULTIPLY_PAIRED = nullptr;
+constexpr Kernels::PackPaired PACK_PAIRED = nullptr;
 #endif
 
 }  // namespace

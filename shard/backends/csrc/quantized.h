@@ -59,8 +59,9 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // ROWS rows of the input against one block of outputs.
 template <int ROWS, int BITS>
-inline void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int64_t first_row,
+__attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int64_t first_row,
                           float* out) {
+  constexpr int CHAINS = ROWS > 2 ? 1 : 4 / ROWS;  // of additions that wait for each other
   Floats totals[ROWS][PARTS] = {};
   const int32_t* x[ROWS];
   for (int r = 0; r < ROWS; r++) {
@@ -69,32 +70,39 @@ inline void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int6
   const float* scales = args.scales_TG + first_row * args.num_groups;
   const float* sums = args.sums_TG + first_row * args.num_groups;
   for (int64_t g = 0; g < args.num_groups; g++) {
-    for (int64_t i = 0; i < quantized_group_bytes(BITS); i += CACHE_LINE) {
-      __builtin_prefetch(weight + AHEAD + i);
+    // Where reading is all that takes time, the processor foresees it, and asking would delay it.
+    if constexpr (ROWS * 8 / BITS >= 8) {
+      for (int64_t i = 0; i < quantized_group_bytes(BITS); i += CACHE_LINE) {
+        __builtin_prefetch(weight + AHEAD + i);
+      }
     }
     const uint8_t* scale_at = weight + QUADS * 4 * QUANTIZED_OUT * BITS / 8;
     const uint8_t* zero_at = scale_at + 2 * QUANTIZED_OUT;
     for (int part = 0; part < PARTS; part++) {
-      Ints dots[ROWS] = {};
+      Ints dots[CHAINS][ROWS] = {};
       for (int quad = 0; quad < QUADS * BITS / 8; quad++) {
         const int at = (quad * PARTS + part) * 4 * LANES;
         Quads codes = load_raw<Quads>(weight + at);
         if constexpr (BITS == 8) {
           for (int r = 0; r < ROWS; r++) {
-            dots[r] = add_products(dots[r], codes, x[r][g * QUADS + quad]);
+            dots[quad % CHAINS][r] =
+                add_products(dots[quad % CHAINS][r], codes, x[r][g * QUADS + quad]);
           }
         } else {
           Quads low = codes & 0x0f, high = (codes >> 4) & 0x0f;
           for (int r = 0; r < ROWS; r++) {
-            dots[r] = add_products(dots[r], low, x[r][g * QUADS + quad]);
-            dots[r] = add_products(dots[r], high, x[r][g * QUADS + quad + QUADS / 2]);
+            Ints &first = dots[2 * quad % CHAINS][r], &second = dots[(2 * quad + 1) % CHAINS][r];
+            first = add_products(first, low, x[r][g * QUADS + quad]);
+            second = add_products(second, high, x[r][g * QUADS + quad + QUADS / 2]);
           }
         }
       }
       Floats scale = from_half(scale_at + part * 2 * LANES);
       Floats zero = from_half(zero_at + part * 2 * LANES);
       for (int r = 0; r < ROWS; r++) {
-        Floats product = to_floats(dots[r]) * scales[r * args.num_groups + g];
+        Ints dot = dots[0][r];
+        for (int i = 1; i < CHAINS; i++) dot += dots[i][r];
+        Floats product = to_floats(dot) * scales[r * args.num_groups + g];
         totals[r][part] += scale * (product - zero * sums[r * args.num_groups + g]);
       }
     }
@@ -117,6 +125,9 @@ void multiply_quantized(const QuantizedArgs& args, int64_t block, int64_t first_
   }
   for (; row + 4 <= num_rows; row += 4) {
     multiply_rows<4, BITS>(args, weight, first_row + row, out + row * QUANTIZED_OUT);
+  }
+  for (; row + 2 <= num_rows; row += 2) {
+    multiply_rows<2, BITS>(args, weight, first_row + row, out + row * QUANTIZED_OUT);
   }
   for (; row < num_rows; row++) {
     multiply_rows<1, BITS>(args, weight, first_row + row, out + row * QUANTIZED_OUT);

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +91,6 @@ def test_the_memory_that_the_plan_names_is_enough(
             container.wait_ready()
             assert is_three(container.generate(QUESTION, max_new_tokens=20))
         else:
-            # The warm-up's sentence, or the supervisor's if trying the largest step was too much.
+            # The warm-up says so, or whoever sees first that the largest step was killed for it.
             assert container.wait_exit() == 1
-            assert re.search(r"Error: .*(tokens needs|when memory runs out)", container.log)
+            assert "Error: " in container.log and "ready: " not in container.log

@@ -24,7 +24,8 @@ class SimulatedEvent:
         self._enable_timing = enable_timing
         self._at_ns = 0
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
+        assert stream == simulated_device().device
         self._at_ns = time.perf_counter_ns()
 
     def synchronize(self) -> None:
@@ -42,6 +43,7 @@ def _synchronize(device: torch.device) -> None:
 
 STAND_INS = {
     "Event": SimulatedEvent,
+    "current_stream": lambda device: device,
     "get_device_properties": lambda device: SimpleNamespace(
         gpu_subslice_count=COMPUTE_UNITS, has_fp64=simulated_device().has_float64
     ),

@@ -7,7 +7,7 @@ from torch import Tensor
 from tessera.shard.backends.build import library_path
 from tessera.shard.backends.cpu import kernel_variants
 from tessera.shard.backends.huge_pages import CHUNK_BYTES, HugePages
-from tessera.shard.backends.paired_linear import PairedLinear, pack
+from tessera.shard.backends.paired_linear import PairedLinear
 
 if not library_path().exists():
     pytest.skip("CPU kernels are not built", allow_module_level=True)
@@ -18,19 +18,19 @@ def numbers(*size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).bfloat16()
 
 
-@pytest.mark.parametrize(("out", "width"), [(64, 2), (1, 4), (130, 1030), (200, 64)])
-def test_every_number_is_in_its_place(out: int, width: int) -> None:
-    weight_OI = numbers(out, width)
-    packed = pack(weight_OI, HugePages())
-    assert packed.shape == (-(-out // 64), width // 2, 64, 2)
-    back_OI = packed.permute(0, 2, 1, 3).reshape(-1, width)
-    assert back_OI[:out].equal(weight_OI) and not back_OI[out:].any()
-
-
 def made(weight_OI: Tensor, bias_O: Tensor | None = None) -> PairedLinear:
     if VARIANTS[0] != "avx512_bf16":
         pytest.skip("this processor does not multiply bfloat16")
     return PairedLinear(weight_OI, bias_O, 0, HugePages())
+
+
+@pytest.mark.parametrize(("out", "width"), [(64, 2), (1, 4), (130, 1030), (200, 64)])
+def test_every_number_is_in_its_place(out: int, width: int) -> None:
+    weight_OI = numbers(out, width)
+    packed = made(weight_OI).packed
+    assert packed.shape == (-(-out // 64), width // 2, 64, 2)
+    back_OI = packed.permute(0, 2, 1, 3).reshape(-1, width)
+    assert back_OI[:out].equal(weight_OI) and not back_OI[out:].any()
 
 
 @pytest.mark.parametrize("rows", [1, 6, 7, 12, 13, 64, 65, 150])

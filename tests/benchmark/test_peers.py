@@ -1,0 +1,175 @@
+"""The same work by two servers, here both made of a few lines; and servers that do not start."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from tokenizers import Tokenizer
+
+from benchmark import peers, stack, start
+from benchmark.checkpoints import make
+from benchmark.peer_servers import servers
+from benchmark.peer_servers.environments import Environment
+from benchmark.peer_servers.servers import PEERS, Peer, peer_server
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> peers.Prompts:
+    folder = make("llama", {}, tmp_path_factory.mktemp("tokenizer") / "tiny")
+    return peers.Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+@asynccontextmanager
+async def server(delay_s: float, drop: int = 0) -> AsyncIterator[str]:
+    """Answers as many tokens as it is asked for, less `drop`, one every `delay_s`."""
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for number in range(1, body["max_tokens"] + 1 - drop):
+            await asyncio.sleep(delay_s)
+            event = {"choices": [{"text": "a"}], "usage": {"completion_tokens": number}}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        return response
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/completions", completions)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def test_the_faster_server_has_the_larger_ratio(
+    prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "STREAMS", (1, 3))
+    monkeypatch.setattr(peers, "OUTPUT_TOKENS", 5)
+
+    async def compared() -> peers.Report:
+        async with server(0.001) as fast, server(0.05) as slow:
+            loads = [peers.Load(url, "m", prompts) for url in (fast, slow)]
+            return await peers.compare(*loads, rounds=2)
+
+    report = asyncio.run(compared())
+    assert report["output_tokens_per_s"].keys() == {"1", "3"}
+    for row in (*report["output_tokens_per_s"].values(), report["first_token_ms"]):
+        assert row["ratio"]["rounds"] == 2 and row["ratio"]["low"] > 1
+    assert report["first_token_ms"]["ours"] < report["first_token_ms"]["peer"]
+    assert len(peers.lines("p", report | {"version": "1"})) == 3
+
+
+def test_answers_of_another_length_are_no_measurement(prompts: peers.Prompts) -> None:
+    async def measured() -> float:
+        async with server(0.0, drop=1) as url:
+            return await peers.Load(url, "m", prompts).tokens_per_s(2)
+
+    with pytest.raises(OSError, match="126 tokens instead of 128"):
+        asyncio.run(measured())
+
+
+@pytest.mark.parametrize("count", [16, 100])
+def test_prompts_have_their_length_and_differ(prompts: peers.Prompts, count: int) -> None:
+    texts = [prompts.text(count) for _ in range(3)]
+    lengths = {len(prompts._tokenizer.encode(text).ids) for text in texts}
+    assert len(set(texts)) == 3 and max(lengths) <= count and min(lengths) > count - 16
+
+
+class Installed(Environment):
+    """This interpreter, and nothing to install."""
+
+    @property
+    def python(self) -> Path:
+        return Path(sys.executable)
+
+    def install(self) -> None: ...
+
+    def version(self, package: str) -> str:
+        return "1"
+
+
+def peer_of(source: str) -> Peer:
+    return Peer("p", Installed("here", ()), ("{python}", "-c", source, "{port}"))
+
+
+def test_a_peer_that_exits_is_named_with_the_reason(tmp_path: Path) -> None:
+    gone = peer_of("import sys; print('no such model'); sys.exit(3)")
+    with (
+        pytest.raises(OSError, match="exited with 3"),
+        peer_server(gone, tmp_path, 1, tmp_path / "log"),
+    ):
+        pass
+    assert "no such model" in (tmp_path / "log").read_text()
+
+
+def test_a_peer_that_cannot_be_installed_is_named_with_the_reason(
+    tmp_path: Path, prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Environment) -> None:
+        raise OSError("no wheel for this machine")
+
+    monkeypatch.setattr(Installed, "install", refuse)
+    monkeypatch.setitem(PEERS, "p", peer_of(""))  # type: ignore[misc]
+    found = peers.measure_peer("p", tmp_path, prompts, 1)
+    assert found == {"package": "p", "reason": "no wheel for this machine"}
+    assert peers.lines("p", found) == ["p: not measured: no wheel for this machine"]
+
+
+def test_a_server_is_ended_with_all_its_processes(tmp_path: Path) -> None:
+    source = (
+        "import http.server, os, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "pids = str(os.getpid()) + ' ' + str(child.pid)\n"
+        "open('pids', 'w').write(pids)\n"
+        "class Ready(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Ready).serve_forever()\n"
+    )
+    source = f"import os; os.chdir({str(tmp_path)!r})\n{source}"
+    with peer_server(peer_of(source), tmp_path, 1, tmp_path / "log") as url:
+        assert url.startswith("http://127.0.0.1:")
+    for pid in (tmp_path / "pids").read_text().split():
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_own_command_is_the_launcher_with_defaults() -> None:
+    command = servers.own_command(Path("model"), 5)
+    assert command[1:3] == ["-m", "tessera.launcher.main"] and "--num-shard" in command
+
+
+# The stack and the start, with everything slow replaced
+
+
+def test_what_the_stack_adds_is_taken_within_rounds(
+    tmp_path: Path, prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make("llama", {}, tmp_path / "tiny")
+    gaps, steps = iter([99.0, 12.0, 24.0, 11.0]), iter([10.0, 20.0, 10.0])
+    monkeypatch.setattr(stack, "checkpoint", lambda name, cache: folder)
+    monkeypatch.setattr(stack, "own_server", lambda folder, log: nullcontext("http://localhost"))
+    monkeypatch.setattr(stack, "gap_ms", lambda load, streams: next(gaps))
+    monkeypatch.setattr(stack, "step_ms", lambda streams, checkpoints: next(steps))
+    out = tmp_path / "stack.json"
+    assert stack.main(["--streams", "32", "--rounds", "3", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())["streams"]["32"]
+    assert row["gap_ms"] == 12.0 and row["step_ms"] == 10.0 and row["added_ms"] == 2.0
+    assert row["ratio"]["median"] == 1.2
+
+
+def test_loading_is_compared_with_reading(tmp_path: Path) -> None:
+    folder = make("llama", {}, tmp_path / "tiny")
+    found = start.compare(folder, rounds=2)
+    assert found["ratio"]["rounds"] == 2 and found["model"] == "tiny"
+    assert found["read_s"] >= 0 and found["load_s"] > 0
