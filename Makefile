@@ -116,6 +116,12 @@ test-docker: setup  ## build the image, try it locked down, and compose.yaml wit
 	  timeout 600 $(MAKE) --no-print-directory docker-engine || true; fi
 	TEST_DOCKER=1 IMAGE=$(IMAGE) IMAGES=$(IMAGES) timeout 2400 $(BIN)/python -m pytest -q tests/docker/with_engine
 
+bench: setup  ## time steps, server and start on this CPU into benchmark/results (a quarter of an hour)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q 'matplotlib>=3.11'
+	$(BIN)/python -m benchmark.step --rounds 2 --growth --out benchmark/results/step.json --plots benchmark/results
+	$(BIN)/python -m benchmark.stack --out benchmark/results/stack.json
+	$(BIN)/python -m benchmark.start --out benchmark/results/start.json
+
 screenshot: setup  ## draw the picture of the page at /ui anew
 	$(BIN)/python -m tests.end_to_end.screenshot
 

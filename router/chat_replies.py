@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.router.event_stream import number_to_json, text_to_json, to_json
+from tessera.router.event_stream import text_to_json, to_json
 from tessera.router.openai_answers import (
     answer_tokens,
     finish_reason,
@@ -15,6 +15,8 @@ from tessera.router.schemas import ChatBody
 from tessera.router.token_streams import Collected
 from tessera.router.tool_parser import CallSyntax, ToolCallParser
 from tessera.router.tool_replies import call_finish_reason, json_delta, read_answer, was_cut
+
+_DIGITS = [str(byte) for byte in range(256)]
 
 
 def chat_choice(
@@ -103,6 +105,7 @@ def _entry(info: TokenInfo) -> dict[str, Any]:
 
 def _entry_json(info: TokenInfo) -> str:
     """`_entry` as text, without its last brace."""
-    logprob = number_to_json(json_logprob(info.logprob))
-    utf8 = ",".join(map(str, info.text.encode() if info.utf8 is None else info.utf8))
-    return f'{{"token":{text_to_json(info.text)},"logprob":{logprob},"bytes":[{utf8}]'
+    logprob = float.__repr__(json_logprob(info.logprob))
+    utf8 = info.text.encode() if info.utf8 is None else info.utf8
+    bytes_ = ",".join([_DIGITS[byte] for byte in utf8])
+    return f'{{"token":{text_to_json(info.text)},"logprob":{logprob},"bytes":[{bytes_}]'

@@ -46,9 +46,8 @@ def to_json(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
-def text_to_json(value: str) -> str:
-    """`to_json` of a text at half the cost."""
-    return encode_basestring_ascii(value)
+text_to_json: Callable[[str], str] = encode_basestring_ascii
+"""`to_json` of a text at a third of the cost."""
 
 
 def number_to_json(value: float) -> str:

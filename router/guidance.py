@@ -53,7 +53,7 @@ class GuideCompiler:
         self._known: OrderedDict[Grammar, _Passed | str] = OrderedDict()  # asked for last: last
 
     def close(self) -> None:
-        """Stop threads and processes; who still waits is refused."""
+        """Stop threads and processes; what has not begun is dropped."""
         self._quick.close()
         self._slow.close()
 

@@ -83,7 +83,7 @@ class Trial:
             raise TrialLost
         question = {"kind": grammar.kind.value, "source": grammar.source, "timeout_s": timeout_s}
         try:
-            process = self._process = self._process or self._start()
+            process = self._process or self._start()
             _write(process, json.dumps(question).encode() + b"\n")
             line = _read_line(process, WALL_FACTOR * timeout_s + START_S)
             return _VERDICT.validate_json(line, strict=True, extra="forbid")
@@ -103,7 +103,7 @@ class Trial:
             process.communicate()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -114,6 +114,8 @@ class Trial:
         definition = vocabulary.definition.encode()  # as it is: JSON of it would take the
         sizes = [len(definition), vocabulary.size, *vocabulary.eos_ids]  # interpreter too long
         _write(process, json.dumps(sizes).encode() + b"\n" + definition)
+        if self._is_closed:  # perhaps meanwhile
+            raise ConnectionAbortedError
         return process
 
 

@@ -30,7 +30,7 @@ class RequestStream:
         self._events: list[TokenEvent] = []
         self._error: RouterError | None = None  # what follows the events
         self._on_news: Callable[[], None] | None = None
-        self._is_announced = False  # its listener is about to be called
+        self._is_announced = False  # its listener is about to be called, or to `take`
 
     def push(self, event: TokenEvent) -> None:
         """Hand the client its next event."""
@@ -44,7 +44,7 @@ class RequestStream:
 
     def take(self) -> list[TokenEvent]:
         """See `generation.TokenStream`."""
-        events, self._events = self._events, []
+        events, self._events, self._is_announced = self._events, [], False
         if not events and self._error is not None:
             raise self._error
         if len(events) > MOST_AT_ONCE or (events and self._error is not None):
@@ -55,7 +55,7 @@ class RequestStream:
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """See `generation.TokenStream`."""
-        self._on_news = on_news
+        self._on_news, self._is_announced = on_news, False
         if self._events or self._error is not None:
             self._announce()
 
@@ -71,12 +71,7 @@ class RequestStream:
         """Call the listener soon: not now, where the next step is waited for."""
         if self._on_news is not None and not self._is_announced:
             self._is_announced = True
-            asyncio.get_running_loop().call_soon(self._tell_listener)
-
-    def _tell_listener(self) -> None:
-        self._is_announced = False
-        if self._on_news is not None:
-            self._on_news()
+            asyncio.get_running_loop().call_soon(self._on_news)
 
     def follow(self, cancel: Callable[[], None]) -> None:
         """Its request goes on as another sequence, which `cancel` forgets."""

@@ -282,11 +282,16 @@ class Engine:
         new = [image for image in images if image.content_hash not in self._vision]
         if not new:
             return
+        device = self.placement.backend.device
 
         def encode(first: int, last: int) -> list[Tensor]:
-            images = [_tiles(image) for image in new[first:last]]
-            num_tiles = sum(image.tiles.shape[0] for image in images)
-            return self._together("vision", num_tiles, lambda: self.model.encode_images(images))
+            part = new[first:last]
+            num_tiles = sum(image.num_tiles for image in part)
+            return self._together(
+                "vision",
+                num_tiles,
+                lambda: self.model.encode_images([_tiles(image, device) for image in part]),
+            )
 
         features: Sequence[Tensor | str]
         try:
@@ -332,8 +337,8 @@ def _joined(parts_TD: list[Tensor]) -> Tensor:
     return parts_TD[0] if len(parts_TD) == 1 else torch.cat(parts_TD)
 
 
-def _tiles(image: shard_pb2.Image) -> ImageTiles:
+def _tiles(image: shard_pb2.Image, device: torch.device) -> ImageTiles:
     side = int((len(image.tiles) // (3 * image.num_tiles)) ** 0.5)
     flat = torch.frombuffer(bytearray(image.tiles), dtype=torch.uint8)
-    tiles = flat.view(image.num_tiles, side, side, 3)
+    tiles = upload(flat, device).view(image.num_tiles, side, side, 3)
     return ImageTiles(tiles, image.height, image.width, (image.grid_rows, image.grid_columns))

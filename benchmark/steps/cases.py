@@ -46,11 +46,11 @@ def _grid(kind: str, batches: Sequence[int], lengths: Sequence[int]) -> list[Cas
     return [Case(kind, batch, length) for length in lengths for batch in batches]
 
 
-TEXT = [*_grid("decode", (1, 8, 32), (128, 1024)), *_grid("prefill", (1,), (128, 512, 1024))]
+TEXT = [*_grid("decode", (1, 8, 32), (128, 1024)), *_grid("prefill", (1,), (128, 512))]
 PICTURES = [Case("pictures", tiles=tiles) for tiles in (1, 3, 5)]
 GROWTH = {
     "batch": _grid("decode", (1, 2, 4, 8, 16, 32, 64), (128,)),
-    "context": _grid("decode", (8,), (128, 256, 512, 1024, 2048, 4096)),
+    "context": _grid("decode", (8,), (128, 256, 512, 1024, 2048)),
 }
 """What grows -> cases of one model over which it does."""
 

@@ -27,7 +27,7 @@ class Placement:
 class ImageTiles:
     """One picture as the router cut it."""
 
-    tiles: Tensor  # uint8 [num_tiles, side, side, 3] on the host, the overview first
+    tiles: Tensor  # uint8 [num_tiles, side, side, 3], anywhere, the overview first
     height: int  # of the original picture, pixels
     width: int
     grid: tuple[int, int]  # tiles down and across that follow the overview; (0, 0): none

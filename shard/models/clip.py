@@ -15,7 +15,6 @@ from tessera.shard.models.base import Placement
 from tessera.shard.models.config import VisionConfig
 from tessera.shard.models.pixels import PixelScale
 from tessera.shard.parallel import Group
-from tessera.shard.upload import upload
 
 NAME = "vision_tower"
 
@@ -102,7 +101,7 @@ class ClipVisionTower(Layer):
             [S, Q, D * number of feature layers], the class feature first, then row by row.
         """
         num_tiles = tiles.shape[0]
-        x_SQD = self._embed(self._patches(upload(tiles, self._device)))
+        x_SQD = self._embed(self._patches(tiles.to(self._device)))
         x_TD = self.pre_norm(x_SQD).flatten(0, 1)
         wanted = {0: x_TD} if 0 in self._feature_layers else {}
         for i, layer in enumerate(self.encoder, start=1):
