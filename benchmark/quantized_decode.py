@@ -29,7 +29,7 @@ KINDS = {  # QUANTIZE and KV_CACHE_DTYPE
     "int4": ("int4", "auto"),
     "int4, fp8 cache": ("int4", "fp8_e4m3fn"),
 }
-CASES = [Case("decode", 1, 128), Case("decode", 8, 128), Case("decode", 8, 2048)]
+CASES = [Case("decode", 1, 128), Case("decode", 1, 4096), Case("decode", 8, 128)]
 
 
 class Contestant:

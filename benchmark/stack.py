@@ -1,17 +1,18 @@
-"""What the whole server adds to the bare steps of its shard, HTTP to HTTP.
+"""What the whole server adds to the steps of its shard, HTTP to HTTP.
 
     python -m benchmark.stack --out benchmark/results/stack.json
 
-So many streams decode at once. `gap`: the median time between two tokens of a stream, seen by an
-HTTP client on the same machine; `step`: the median time of a decode step of as many sequences over
-as long contexts, in a process without router, gRPC and HTTP, with as many threads. They take turns,
-the other side being idle, and ratios and differences are taken within rounds.
+So many streams at once get answers of 64 tokens to prompts of 128. `wall`: from sending the first
+request to the end of the last answer, by an HTTP client on the same machine. `computed`: what rank 0
+spent meanwhile in the model and in choosing tokens, by the server's own `/metrics`. Both are of the
+same run, so a busy machine slows both; the ratio is 1 where everything else costs nothing.
 """
 
 import argparse
 import asyncio
 import statistics
 import sys
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,28 +21,36 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmark.checkpoints import CACHE, checkpoint
-from benchmark.load.measure import Objective, summarise
 from benchmark.peer_servers.servers import end_servers_on_sigterm, own_server
-from benchmark.peers import MODEL, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Prompts
+from benchmark.peers import MODEL, Load, Prompts
 from benchmark.ratios import ratio_of
 from benchmark.results_file import provenance, write_json
-from benchmark.step import times
-from benchmark.steps.cases import Case
 
 STREAMS = (32, 64)
+COMPUTING = ("tgi_batch_forward_duration_sum", "tgi_batch_decode_duration_sum")
+STEPS = ("tgi_batch_forward_duration_count",)
 
 
-def gap_ms(load: Load, streams: int) -> float:
-    """Between two tokens of a stream, by the client's clock."""
+def total(metrics: str, names: Sequence[str]) -> float:
+    """The sum of some series over all their labels, from the text of `/metrics`."""
+    lines = (line.rpartition(" ") for line in metrics.splitlines() if not line.startswith("#"))
+    return sum(float(value) for series, _, value in lines if series.partition("{")[0] in names)
+
+
+def once(load: Load, url: str, streams: int) -> tuple[float, float, float]:
+    """Seconds on the wall, seconds computed, and steps."""
+    before = _metrics(url)
     asyncio.run(load.tokens_per_s(streams))
-    return 1e3 * summarise(load.records, Objective()).itl_s.p50
+    after = _metrics(url)
+    records = load.records
+    wall_s = max(each.ended_at for each in records) - min(each.sent_at for each in records)
+    computed_s, steps = (total(after, names) - total(before, names) for names in (COMPUTING, STEPS))
+    return wall_s, computed_s, steps
 
 
-def step_ms(streams: int, checkpoints: Path) -> float:
-    """Of the shard alone, in the middle of such answers."""
-    case = Case("decode", streams, PROMPT_TOKENS + OUTPUT_TOKENS // 2)
-    (row,) = times(MODEL, [case], checkpoints=checkpoints, threads=0, rounds=4)
-    return float(row["median_wall_ms"])
+def _metrics(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+        return str(reply.read().decode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,17 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with own_server(folder, asked.checkpoints / "own.log") as url:
         load = Load(url, str(folder), prompts)
         for streams in asked.streams:
-            gap_ms(load, streams)  # warms up
-            gaps, steps = [], []
-            for _ in range(asked.rounds):
-                gaps.append(gap_ms(load, streams))
-                steps.append(step_ms(streams, asked.checkpoints))
-            added = [gap - step for gap, step in zip(gaps, steps, strict=True)]
+            once(load, url, streams)  # warms up
+            runs = [once(load, url, streams) for _ in range(asked.rounds)]
             row = {
-                "gap_ms": round(statistics.median(gaps), 2),
-                "step_ms": round(statistics.median(steps), 2),
-                "added_ms": round(statistics.median(added), 2),
-                "ratio": asdict(ratio_of(gaps, steps)),
+                "wall_s": round(statistics.median(wall for wall, _, _ in runs), 3),
+                "computed_s": round(statistics.median(each for _, each, _ in runs), 3),
+                "added_ms_per_step": round(
+                    statistics.median(1e3 * (wall - each) / steps for wall, each, steps in runs), 2
+                ),
+                "ratio": asdict(ratio_of(*zip(*((run[0], run[1]) for run in runs), strict=True))),
             }
             report["streams"][str(streams)] = row
             print(f"{streams} streams: {row}", flush=True)

@@ -164,20 +164,24 @@ def test_own_command_is_the_launcher_with_defaults() -> None:
 # The stack and the start, with everything slow replaced
 
 
-def test_what_the_stack_adds_is_taken_within_rounds(
+def test_what_the_stack_adds_is_taken_within_runs(
     tmp_path: Path, prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make("llama", {}, tmp_path / "tiny")
-    gaps, steps = iter([99.0, 12.0, 24.0, 11.0]), iter([10.0, 20.0, 10.0])
+    runs = iter([(9.0, 1.0, 10), (1.2, 1.0, 10), (2.4, 2.0, 10), (1.1, 1.0, 10)])
     monkeypatch.setattr(stack, "checkpoint", lambda name, cache: folder)
     monkeypatch.setattr(stack, "own_server", lambda folder, log: nullcontext("http://localhost"))
-    monkeypatch.setattr(stack, "gap_ms", lambda load, streams: next(gaps))
-    monkeypatch.setattr(stack, "step_ms", lambda streams, checkpoints: next(steps))
+    monkeypatch.setattr(stack, "once", lambda load, url, streams: next(runs))
     out = tmp_path / "stack.json"
     assert stack.main(["--streams", "32", "--rounds", "3", "--out", str(out)]) == 0
     row = json.loads(out.read_text())["streams"]["32"]
-    assert row["gap_ms"] == 12.0 and row["step_ms"] == 10.0 and row["added_ms"] == 2.0
+    assert (row["wall_s"], row["computed_s"], row["added_ms_per_step"]) == (1.2, 1.0, 20.0)
     assert row["ratio"]["median"] == 1.2
+
+
+def test_metrics_are_summed_over_their_labels() -> None:
+    text = '# HELP a_sum x\na_sum{k="1"} 2.5\na_sum{k="2"} 1\na_sum_more 9\nb 3\n'
+    assert stack.total(text, ["a_sum", "b"]) == 6.5
 
 
 def test_loading_is_compared_with_reading(tmp_path: Path) -> None:

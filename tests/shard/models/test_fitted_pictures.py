@@ -16,6 +16,7 @@ from tessera.router.scheduler import StepPlan
 from tessera.router.shards import step_message
 from tessera.shard.engine import _tiles
 from tests import checkpoints
+from tests.shard.backends.pool import CPU
 from tests.shard.models.cases import ATOL, QUESTION
 from tests.shard.models.driver import Runner
 from tests.shard.models.oracle import Oracle, picture
@@ -55,7 +56,7 @@ def test_logits_are_those_of_a_model_with_fewer_canvases(
     if kind == "next-vicuna":  # not the best of its size: the model takes what it is told
         prepared = fitted(image, few, tokens)
     assert prepared.num_tokens == tokens < layout.plan(128, 128).num_tokens
-    case.prompt.images = [_tiles(sent(prepared))]
+    case.prompt.images = [_tiles(sent(prepared), CPU)]
     torch.testing.assert_close(ours.logits(case.prompt), reference.logits(case), atol=ATOL, rtol=0)
 
 
@@ -69,8 +70,8 @@ def test_an_overview_alone_gives_exactly_the_features_of_the_overview(
     both = [fitted(image, layout, most) for most in (layout.max_tokens, layout.min_tokens)]
     assert [one.num_tiles for one in both] == [layout.plan(128, 128).num_tiles, 1]
     with torch.inference_mode():
-        whole, overview = (model.encode_images([_tiles(sent(one))])[0] for one in both)
-        together = model.encode_images([_tiles(sent(one)) for one in both])
+        whole, overview = (model.encode_images([_tiles(sent(one), CPU)])[0] for one in both)
+        together = model.encode_images([_tiles(sent(one), CPU) for one in both])
     assert overview.shape[0] == layout.min_tokens
     torch.testing.assert_close(overview, whole[: layout.min_tokens], atol=1e-5, rtol=0)
     torch.testing.assert_close(together[1], overview, atol=1e-5, rtol=0)
