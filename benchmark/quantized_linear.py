@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmark.results_file import provenance, write_json
 from tessera.shard.backends.cpu import CpuBackend
+from tessera.shard.backends.huge_pages import empty_on_huge_pages
 from tessera.shard.quantized import pack, quantize
 
 SIZES = [(4096, 4096), (4096, 14336)]  # outputs and inputs in Mistral 7B
@@ -61,7 +62,9 @@ def compare(backend: CpuBackend, size: tuple[int, int], seconds: float) -> list[
     weight_OI = (torch.randn(size) * 0.02).bfloat16()
     contestants = [Contestant(backend, kind, weight_OI) for kind in KINDS]
     inputs = [torch.randn(rows, size[1]).bfloat16() for rows in ROWS]
-    stream, read_s = torch.ones(COLD_BYTES // 4), float("inf")
+    # On large pages, as the weights.
+    stream = empty_on_huge_pages((COLD_BYTES // 4,), torch.float32).fill_(1)
+    read_s = float("inf")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         read_s = min(read_s, thread_seconds(stream.sum))

@@ -3,9 +3,9 @@
     python -m benchmark.stack --out benchmark/results/stack.json
 
 So many streams at once get answers of 64 tokens to prompts of 128. `wall`: from sending the first
-request to the end of the last answer, by an HTTP client on the same machine. `computed`: what rank 0
-spent meanwhile in the model and in choosing tokens, by the server's own `/metrics`. Both are of the
-same run, so a busy machine slows both; the ratio is 1 where everything else costs nothing.
+request to the end of the last answer, by an HTTP client on the same machine. `computed`: what rank
+0 spent meanwhile in the model and in choosing tokens, by the server's own `/metrics`. Both are of
+the same run, so a busy machine slows both; the ratio is 1 where everything else costs nothing.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             report["streams"][str(streams)] = row
             print(f"{streams} streams: {row}", flush=True)
-    if asked.out:
-        write_json(asked.out, report)
+            if asked.out:
+                write_json(asked.out, report)
     return 0
 
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MIB = 1 << 20
-WORKSPACE_SHARE = 0.05  # of the free memory, which the warm-up leaves alone
+# The warm-up leaves so much of the free memory alone, and at least so many bytes.
+WORKSPACE_SHARE, LEAST_WORKSPACE = 0.05, 24 * MIB
 PROCESS_BYTES = {"cpu": 280 * MIB, "cuda": 500 * MIB, "xpu": 500 * MIB}  # of a shard without model
 OTHER_BYTES = {"cpu": 220 * MIB}  # launcher and router, where they share the shards' memory
 STEP_TILES = {"cpu": 5}  # without MAX_STEP_TILES
@@ -54,14 +55,15 @@ def plan(footprint: Mapping[str, Any], device: str, load: Load, memory: int | No
     block = load.block_size
     longest = load.total_tokens or footprint["max_positions"]
     blocks = -(-longest // block)  # of one sequence
-    free = (step + blocks * block * kv_token) / (1 - WORKSPACE_SHARE) / load.memory_fraction
+    used = step + blocks * block * kv_token
+    free = max(used / (1 - WORKSPACE_SHARE), used + LEAST_WORKSPACE) / load.memory_fraction
     needed = weights + process + int(free)
     told = Plan(shards, weights, process, step, kv_token, needed)
     if memory is None:
         return told
     each = memory // shards if device == "cpu" else memory
     free = (each - weights - process) * load.memory_fraction
-    room = int(free * (1 - WORKSPACE_SHARE)) - step
+    room = int(free - max(free * WORKSPACE_SHARE, LEAST_WORKSPACE)) - step
     asked = load.batch_total_tokens
     most = asked // block if asked else load.batch_size * blocks
     found = min(max(0, room) // (kv_token * block), most)

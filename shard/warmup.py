@@ -18,7 +18,9 @@ from tessera.shard.sampler import SampleRow, sample
 logger = logging.getLogger(__name__)
 
 WORKSPACE_SHARE = 0.05
-"""Part of the free memory left alone for what no trial shows: fragmentation, libraries."""
+LEAST_WORKSPACE_BYTES = 24 << 20
+"""Part of the free memory left alone, at least so much of it, for what no trial shows: messages,
+fragmentation, libraries."""
 
 HOST_TRIAL_LAYERS = 1
 """A layer's intermediates are gone before the next one, so one layer takes what all do; on a
@@ -70,7 +72,7 @@ def warm_up(
     # What the trial left behind for good: compiled primitives, workspaces, thread stacks.
     free -= max(0, backend.used_memory_bytes() - weights)
     shape = engine.cache_shape
-    spare = free - step.total - int(free * WORKSPACE_SHARE)
+    spare = free - step.total - _workspace(free)
     num_blocks = max(0, spare) // shape.block_bytes
     if request.max_blocks:
         num_blocks = min(num_blocks, request.max_blocks)
@@ -85,6 +87,10 @@ def warm_up(
         weights_bytes=weights,
         peak_step_bytes=step.total,
     )
+
+
+def _workspace(free: int) -> int:
+    return max(int(free * WORKSPACE_SHARE), LEAST_WORKSPACE_BYTES)
 
 
 def _rehearse(engine: Engine, layout: ImageLayout | None) -> None:
@@ -117,7 +123,7 @@ def _explain(
         fitting = num_blocks * engine.block_size
         ways_out.insert(0, f"MAX_TOTAL_TOKENS={fitting}")
     # What is left for the step when the cache has what it needs, spent on tokens alone.
-    room = free - int(free * WORKSPACE_SHARE) - needed - step.features - step.recordings
+    room = free - _workspace(free) - needed - step.features - step.recordings
     tokens = room * request.max_step_tokens // max(1, step.forward)
     if step.forward == max(step.vision, step.forward, step.sampling) and tokens > 0:
         fitting = min(tokens, request.max_step_tokens - 1)
