@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "README.md").read_text().split("\n## How fast it is\n")[1].split("\n## ")[0]
 # A paragraph or a table names the file its numbers are from: `[step.json](benchmark/results/...)`.
-PARTS = [part for part in re.split(r"\n\n(?!\|)", SECTION.strip()) if "benchmark/results/" in part]
+PARTS = [
+    part for part in re.split(r"\n\n(?!\|)", SECTION.strip()) if ".json](benchmark/results/" in part
+]
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 

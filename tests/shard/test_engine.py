@@ -329,11 +329,24 @@ class SmallDevice(ReferenceBackend):
         return self.step_bytes
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of some kilobytes; no megabytes are left alone on them."""
+    monkeypatch.setattr("tessera.shard.warmup.LEAST_WORKSPACE_BYTES", 0)
+
+
+def test_warm_up_leaves_room_for_messages_however_little_there_is(model: TableModel) -> None:
+    engine = small_engine(model, 40 << 20, 1 << 20)
+    reply = warm_up(engine, request(), memory_fraction=1.0, layout=None)
+    assert reply.num_blocks == (40 - 1 - 24 << 20) // 256
+
+
 def small_engine(model: TableModel, free_bytes: int, step_bytes: int) -> Engine:
     backend = SmallDevice(free_bytes, step_bytes)
     return Engine(model, Placement(backend, Group(), torch.float32), BLOCK_SIZE)
 
 
+@pytest.mark.usefixtures("small")
 def test_warm_up_fills_what_the_largest_step_leaves(model: TableModel) -> None:
     engine = small_engine(model, 100_000, 20_000)
     reply = warm_up(engine, request(), memory_fraction=0.5, layout=None)
@@ -341,6 +354,7 @@ def test_warm_up_fills_what_the_largest_step_leaves(model: TableModel) -> None:
     assert reply.peak_step_bytes == 20_000
 
 
+@pytest.mark.usefixtures("small")
 def test_warm_up_counts_the_bytes_of_a_cache_in_8_bits(model: TableModel) -> None:
     placement = Placement(
         SmallDevice(100_000, 20_000), Group(), torch.float32, cache_dtype=torch.float8_e4m3fn
@@ -351,6 +365,7 @@ def test_warm_up_counts_the_bytes_of_a_cache_in_8_bits(model: TableModel) -> Non
     assert reply.num_blocks == (50_000 - 20_000 - 2_500) // 64
 
 
+@pytest.mark.usefixtures("small")
 def test_warm_up_that_does_not_fit_names_settings_values_that_fit_and_what_takes_the_memory(
     model: TableModel,
 ) -> None:
@@ -367,6 +382,7 @@ def test_warm_up_that_does_not_fit_names_settings_values_that_fit_and_what_takes
     warm_up(small_engine(model, 20_000, 6_000), request(max_context_len=200), 1.0, None)
 
 
+@pytest.mark.usefixtures("small")
 def test_a_step_that_runs_out_of_memory_while_it_is_tried_names_one_that_does_not(
     model: TableModel,
 ) -> None:
