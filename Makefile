@@ -134,8 +134,9 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 	  test "$$before" = "$$(cat $(GENERATED) | sha256sum)" \
 	  || { echo "generated files were not current; 'make proto docs' has written them"; exit 1; }
 
-docs:  ## write the tables of settings, clients, metrics and models' needs, and Grafana's dashboard
+docs:  ## write the tables of settings, clients, speed, metrics and models' needs, and Grafana's dashboard
 	@$(BIN)/python tests/contracts/readme.py
+	@$(BIN)/python tests/contracts/speed_section.py
 	@$(BIN)/python tests/contracts/metrics_page.py
 	@$(BIN)/python tests/contracts/compose_settings.py
 	@$(BIN)/python tests/contracts/model_envs.py

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -166,13 +166,15 @@ def ask(client: InferenceClient, question: str, picture: Path | None) -> Answer:
     prompt = question
     if picture is not None:
         prompt = f"<image>{_base64(picture)}</image>\n{question}"
-    return _collect(
+    begun = time.monotonic()  # the first token comes before the client has the stream
+    pieces = [
         token.token.text
         for token in client.text_generation(
             prompt, max_new_tokens=MAX_NEW_TOKENS, stream=True, details=True
         )
         if not token.token.special
-    )
+    ]
+    return _answer(pieces, begun)
 
 
 def chat(client: InferenceClient, question: str, picture: Path) -> Answer:
@@ -182,20 +184,20 @@ def chat(client: InferenceClient, question: str, picture: Path) -> Answer:
         {"type": "image_url", "image_url": {"url": data}},
         {"type": "text", "text": question},
     ]
+    begun = time.monotonic()
     chunks = client.chat_completion(
         [{"role": "user", "content": content}], max_tokens=MAX_NEW_TOKENS, stream=True
     )
-    return _collect(
+    pieces = [
         text
         for chunk in chunks
         if chunk.choices and (text := chunk.choices[0].delta.content) is not None
-    )
+    ]
+    return _answer(pieces, begun)
 
 
-def _collect(pieces: Iterator[str]) -> Answer:
-    begun = time.monotonic()
-    texts = list(pieces)
-    return Answer("".join(texts).strip(), len(texts), time.monotonic() - begun)
+def _answer(pieces: Sequence[str], begun: float) -> Answer:
+    return Answer("".join(pieces).strip(), len(pieces), time.monotonic() - begun)
 
 
 def _try_to_ask(url: str, settings: Settings, given: argparse.Namespace) -> str:

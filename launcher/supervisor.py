@@ -129,7 +129,7 @@ class Child:
             return f": {errors[-1].removeprefix(ERROR_PREFIX)}"
         told = [line.strip() for line in self._tail if line.strip("~^ ")]  # not a traceback's marks
         shown = " | ".join(told[-SHOWN_TAIL_LINES:])
-        return f"; it said last: {shown}" if shown else "."
+        return f"; it said last: {shown}." if shown else "."
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -1,8 +1,10 @@
 """What the text of an answer must look like, as the client described it."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 
 class GrammarKind(enum.Enum):
@@ -27,3 +29,18 @@ class Grammar:
         """What logs may say of it: 16 hexadecimal digits that tell nothing of the source."""
         source = self.source.encode("utf-8", "surrogatepass")
         return blake2b(source, digest_size=8, person=self.kind.value.encode()[:16]).hexdigest()
+
+
+def with_listed_only(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without properties it does not list, unless it speaks of such.
+
+    JSON Schema allows them, but models rarely stop making them up. text-generation-inference's
+    grammars have only what is listed, and a function has just the arguments it lists.
+    """
+    is_plain = schema.keys() <= _PLAIN_KEYS and "properties" in schema
+    return {**schema, "additionalProperties": False} if is_plain else dict(schema)
+
+
+_PLAIN_KEYS = frozenset(
+    {"type", "properties", "required", "title", "description", "$schema", "$defs", "definitions"}
+)

@@ -47,7 +47,7 @@ def warmup_request(
         SettingsError: MAX_TOTAL_TOKENS is longer than the model's window, or
             MAX_BATCH_TOTAL_TOKENS shorter than a block.
     """
-    _check_window(settings.max_total_tokens, files)
+    check_window(settings, files)
     max_total = settings.max_total_tokens or files.max_positions
     if settings.max_batch_total_tokens is not None:
         max_blocks = _asked_blocks(settings.max_batch_total_tokens, info.block_size)
@@ -64,7 +64,18 @@ def warmup_request(
     )
 
 
-def _check_window(max_total_tokens: int | None, files: ModelFiles) -> None:
+def check_window(settings: RouterSettings, files: ModelFiles) -> None:
+    """What can be refused before the weights are loaded.
+
+    Raises:
+        SettingsError: MAX_TOTAL_TOKENS or MAX_INPUT_TOKENS is longer than the model's window.
+    """
+    max_total_tokens, max_input_tokens = settings.max_total_tokens, settings.max_input_tokens
+    if max_input_tokens is not None and max_input_tokens >= files.max_positions:
+        raise SettingsError(
+            f"MAX_INPUT_TOKENS={max_input_tokens} leaves no room for an answer in the "
+            f"{files.max_positions} positions of this model; lower it."
+        )
     if max_total_tokens is not None and max_total_tokens > files.max_positions:
         raise SettingsError(
             f"MAX_TOTAL_TOKENS={max_total_tokens} is over the {files.max_positions} positions of "

@@ -22,7 +22,13 @@ from tessera.router.blocks import BlockPool
 from tessera.router.chat_template import ChatTemplate
 from tessera.router.core import Core
 from tessera.router.http_protocol import GuardedHttp
-from tessera.router.limits import cache_shortfall, scheduler_limits, serving_limits, warmup_request
+from tessera.router.limits import (
+    cache_shortfall,
+    check_window,
+    scheduler_limits,
+    serving_limits,
+    warmup_request,
+)
 from tessera.router.metrics import Metrics
 from tessera.router.model_files import ModelFiles, ModelFilesError
 from tessera.router.report import Report
@@ -63,6 +69,7 @@ def main() -> None:
 async def _serve(settings: RouterSettings) -> int:
     """Serve until a signal drains the server or the shards are lost."""
     files = ModelFiles.read(Path(settings.model_id))
+    check_window(settings, files)
     config_path = _optional_path(settings.tokenizer_config_path)
     tokenizer = Tokenizer.from_folder(files.folder, config_path)
     template = ChatTemplate.from_folder(

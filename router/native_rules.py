@@ -5,7 +5,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from tessera.router.errors import ValidationError
-from tessera.router.grammar import Grammar, GrammarKind
+from tessera.router.grammar import Grammar, GrammarKind, with_listed_only
 from tessera.router.native_bodies import GenerateParameters, GrammarSpec
 from tessera.router.rules import Wishes
 
@@ -88,6 +88,8 @@ def native_grammar(spec: GrammarSpec | None) -> Grammar | None:
         value = _parsed(value)
     if not isinstance(value, dict):
         raise _bad_value("must be a JSON schema: an object, or its text")
+    if spec.type != "json_schema":
+        value = with_listed_only(value)
     return Grammar(GrammarKind.JSON_SCHEMA, to_json(value).decode())
 
 

@@ -176,6 +176,7 @@ class Scheduler:
         again = Sequence(sequence_id, sequence.request, was_admitted=True, is_apart=True)
         again.token_ids = sequence.token_ids
         again.num_cached, again.num_encoded = sequence.num_cached, sequence.num_encoded
+        again.num_losses = sequence.num_losses
         self._take_out(sequence)
         self.pool.forget(sequence.block_ids)
         self.images.need(sequence_id, _images_of(again))
@@ -411,7 +412,7 @@ class Scheduler:
             sequence.was_admitted, sequence.num_cached = True, first
             self.counts.prefix_query_tokens += len(sequence.token_ids)
             self.counts.prefix_hit_tokens += first
-        self.waiting.remove(sequence)
+        self.waiting.let_in(sequence)
         self.running.append(sequence)
         self._decodes_since_admission = 0
         return self._plan_chunk(plan, sequence, budget)

@@ -179,10 +179,12 @@ class ShardGroup:
         """Ask every rank now and then for a sign of life; a rank that computes still gives it.
 
         Raises:
-            ShardsLost: a rank did not answer twice in a row. Returns only by this.
+            ShardsLost: a rank has ended, or did not answer twice in a row. Returns only by this.
         """
         ranks = range(len(self._stubs))
-        await asyncio.gather(*(self._watch(rank, interval_s, timeout_s) for rank in ranks))
+        watching = [self._watch(rank, interval_s, timeout_s) for rank in ranks]
+        ends = [self._stream_end(rank, stream) for rank, stream in enumerate(self._streams)]
+        await asyncio.gather(*watching, *ends)
 
     async def close(self) -> None:
         """Close the streams, which makes the shards forget every sequence, and the channels."""
@@ -217,11 +219,21 @@ class ShardGroup:
             if not num_missed:
                 await asyncio.sleep(interval_s)
             try:
-                await self._ask(rank, timeout_s)
+                info = await self._ask(rank, timeout_s)
                 num_missed = 0
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise self._lost(rank, f"is gone: {_reason(error)}") from error
                 num_missed += 1
+            else:
+                if info.incarnation != self.incarnation:
+                    raise self._lost(rank, "was started anew")
         raise self._lost(rank, f"has not answered for {2 * timeout_s:g} seconds")
+
+    async def _stream_end(self, rank: int, stream: StepStream) -> None:
+        """Notices at once that a rank has ended, also while nobody asks for anything."""
+        await stream.code()
+        raise self._lost(rank, f"is gone: {await stream.details() or 'it closed its stream'}")
 
     async def _reply(self, rank: int, stream: StepStream, step_id: int) -> shard_pb2.StepReply:
         try:

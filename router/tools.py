@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.router.errors import ToolError
+from tessera.router.grammar import with_listed_only
 from tessera.router.schemas import ChatBody, NamedTool, ToolSpec
 
 MAX_TOOLS = 128
@@ -109,20 +110,8 @@ def _named(tools: Sequence[Tool], name: str) -> tuple[Tool, ...]:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The schema that the arguments of a call are held to.
-
-    JSON schema lets an object have more properties than it lists. A function has just those it
-    lists, so more are allowed only where its schema speaks of them.
-    """
-    schema = {"type": "object", **tool.parameters}
-    if schema.keys() <= _PLAIN_KEYS and "properties" in schema:
-        schema["additionalProperties"] = False
-    return schema
-
-
-_PLAIN_KEYS = frozenset(
-    {"type", "properties", "required", "title", "description", "$schema", "$defs", "definitions"}
-)
+    """The schema that the arguments of a call are held to: those the function lists."""
+    return with_listed_only({"type": "object", **tool.parameters})
 
 
 def tools_json(tools: Sequence[Tool]) -> str:

@@ -10,6 +10,9 @@ from itertools import count
 
 from tessera.router.sequence import Sequence
 
+MAX_IDLE_KEYS = 1024
+"""Keys without a waiting request that are remembered; then the half that owes least is dropped."""
+
 
 class WaitingQueue:
     """Sequences that wait for their first step, and preempted ones, which come before them."""
@@ -40,21 +43,37 @@ class WaitingQueue:
         place = (float("-inf"), 0.0, next(self._returns))
         self._entries.insert(0, (place, sequence))
 
+    def let_in(self, sequence: Sequence) -> None:
+        """Take out a sequence that is here and has its turn; the virtual clock goes on to it."""
+        start = self._take(sequence)
+        assert start is not None
+        self._virtual_time = max(self._virtual_time, start)
+        self._drop_idle_keys()
+
     def remove(self, sequence: Sequence) -> bool:
-        """Take a sequence out, because it was let in or cancelled; False if it is not here."""
+        """Take out a sequence that does not wait any longer; False if it is not here."""
+        is_here = self._take(sequence) is not None
+        self._drop_idle_keys()
+        return is_here
+
+    def _take(self, sequence: Sequence) -> float | None:
+        """Where on the virtual clock it began, or None."""
         for index, ((_, start, _), entry) in enumerate(self._entries):
             if entry is sequence:
                 del self._entries[index]
-                self._virtual_time = max(self._virtual_time, start)
-                self._drop_idle_keys()
-                return True
-        return False
+                return start
+        return None
 
     def _drop_idle_keys(self) -> None:
         """A key whose requests are all past needs no memory; bounds the table."""
         if not self._entries:
             self._next_start.clear()
             self._virtual_time = 0.0
+        elif len(self._next_start) > len(self._entries) + MAX_IDLE_KEYS:
+            waiting = {sequence.request.fairness_key for sequence in self}
+            idle = sorted(self._next_start.keys() - waiting, key=self._next_start.__getitem__)
+            for key in idle[: -MAX_IDLE_KEYS // 2]:
+                del self._next_start[key]
 
 
 def _cost(sequence: Sequence) -> float:

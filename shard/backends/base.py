@@ -90,8 +90,12 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
-    float8_cache: bool  # whether a cache may be in 8 bits
     runs_ahead: bool  # whether operations return before they are done
+
+    @property
+    def float8_cache(self) -> bool:
+        """Whether a cache may be in 8 bits."""
+        ...
 
     def new_cache(self, shape: CacheShape, num_blocks: int) -> list[LayerCache]:
         """One `LayerCache` per layer for `num_blocks` blocks; contents undefined."""

@@ -16,23 +16,24 @@ CLIENTS_BEGIN, CLIENTS_END = "<!-- clients: written by `make docs` -->\n", "<!--
 
 def with_settings_table(text: str) -> str:
     """`text` with everything between the markers replaced by the current table."""
-    return _between(text, BEGIN, END, settings_table(*CLASSES))
+    return between(text, BEGIN, END, settings_table(*CLASSES))
 
 
 def with_client_table(text: str) -> str:
     """`text` with what tests/clients saw working between its markers."""
-    return _between(text, CLIENTS_BEGIN, CLIENTS_END, _client_table())
+    return between(text, CLIENTS_BEGIN, CLIENTS_END, _client_table())
 
 
 def with_image_numbers(text: str) -> str:
     """`text` with the image's size and start as they were measured."""
     found = json.loads(IMAGE.read_text())
     size, start = f"{found['above_base_mb']:.0f} MB", f"{found['start_s']['median']:.1f} s"
-    text = _between(text, "<!-- image -->", "<!-- /image -->", size)
-    return _between(text, "<!-- start -->", "<!-- /start -->", start)
+    text = between(text, "<!-- image -->", "<!-- /image -->", size)
+    return between(text, "<!-- start -->", "<!-- /start -->", start)
 
 
-def _between(text: str, begin: str, end: str, table: str) -> str:
+def between(text: str, begin: str, end: str, table: str) -> str:
+    """`text` with `table` instead of what is between its only `begin` and the `end` after it."""
     before, rest = text.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}{table}{end}{after}"

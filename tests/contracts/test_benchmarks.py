@@ -2,14 +2,19 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("\n## How fast it is\n")[1].split("\n## ")[0]
+sys.path.insert(0, str(Path(__file__).parent))
+from readme import README
+from speed_section import peers, with_speed
+
+ROOT = README.parent
+SECTION = README.read_text().split("\n## How fast it is\n")[1].split("\n## ")[0]
 # A paragraph or a table names the file its numbers are from: `[step.json](benchmark/results/...)`.
 PARTS = [
     part for part in re.split(r"\n\n(?!\|)", SECTION.strip()) if ".json](benchmark/results/" in part
@@ -71,3 +76,39 @@ def test_the_command_that_made_it_is_named(part: str) -> None:
         module = re.search(r"-m (benchmark\.\w+)", about["command"])
         assert module and f"`python -m {module[1]}`" in SECTION
         assert about["machine"]["processor"] and about["versions"]["python"] and about["commit"]
+
+
+def test_the_section_is_current() -> None:
+    text = README.read_text()
+    assert with_speed(text) == text, "run `make docs`"
+
+
+def of_peers() -> dict[str, Any]:
+    """A result file of `benchmark.peers`: one server with figures."""
+    row = {"ours": 80.4, "peer": 201.6, "ratio": {"median": 0.44}}
+    figures = {"output_tokens_per_s": {"1": row, "8": row, "32": row}, "first_token_ms": row}
+    machine = {"cpus": 16, "load_average": [0.26, 7.0, 8.0]}
+    return {
+        "about": {"model": "llama-125m", "rounds": 1, "machine": machine},
+        "peers": {"openvino": {"package": "openvino-genai", "version": "2026.4"} | figures},
+    }
+
+
+def test_machine_load_and_figures_are_those_of_the_file() -> None:
+    told = peers(of_peers())
+    assert "1 round, 16 cores with a load of 0.3:" in told
+    cells = "80 / 202 (0.4) | 80 / 202 (0.4) | 80 / 202 (0.4) | 80 / 202 ms (0.4)"
+    assert told.endswith(f"| `openvino-genai 2026.4` | {cells} |\n")
+
+
+def test_a_peer_without_figures_is_named_with_its_reason() -> None:
+    found = of_peers()
+    reason = "ERROR: no `wheel`\nof vllm==0.1.2 | for 3.11"
+    found["peers"]["vllm"] = {"package": "vllm", "reason": reason}
+    *_, table, sentence = peers(found).split("\n\n")
+    assert "openvino" in table and "vllm" not in table
+    assert " ".join(sentence.split()) == (
+        "Without figures, for the reason in brackets: "
+        "`vllm` (`ERROR: no 'wheel' of vllm==0.1.2 | for 3.11`)."
+    )
+    assert stated(sentence) == []

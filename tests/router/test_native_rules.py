@@ -14,7 +14,11 @@ from tessera.router.native_rules import native_grammar
 from tests.router.http_fakes import FakeGenerator, post
 
 App = Callable[..., Starlette]
-SCHEMA = {"type": "object", "properties": {"shape": {"type": "string"}}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"shape": {"type": "string"}},
+    "additionalProperties": False,
+}
 
 
 def grammar(**spec: Any) -> Grammar:
@@ -61,6 +65,18 @@ def test_a_regular_expression_and_any_object() -> None:
 def test_a_value_that_does_not_fit_its_type(spec: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="`grammar` is not valid: `value` must be "):
         grammar(**spec)
+
+
+def test_a_json_grammar_has_what_it_lists_and_a_json_schema_what_it_allows() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    open_ = schema | {"additionalProperties": True}
+    for spec, expected in [
+        ({"type": "json", "value": schema}, schema | {"additionalProperties": False}),
+        ({"type": "json", "value": open_}, open_),
+        ({"type": "json_schema", "value": {"schema": schema}}, schema),
+    ]:
+        found = native_grammar(GrammarSpec.model_validate(spec))
+        assert found is not None and json.loads(found.source) == expected
 
 
 def test_the_grammar_goes_with_the_request(text_app: App) -> None:

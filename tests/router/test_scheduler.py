@@ -15,6 +15,7 @@ from tessera.router.request import (
 )
 from tessera.router.scheduler import MAX_OVERTAKES, Scheduler, SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
+from tessera.router.waiting import WaitingQueue
 
 BLOCK_SIZE = 4
 
@@ -403,6 +404,29 @@ def test_priority_goes_first_and_keys_take_turns() -> None:
     scheduler.add(make_sequence(9, max_new_tokens=1, fairness_key="a", priority=1))
     order = [number for plan in run(scheduler, 8) for number in started(plan)]
     assert order == [9, 0, 4, 1, 2, 3]
+
+
+def test_a_client_that_leaves_the_queue_does_not_move_it_on() -> None:
+    scheduler = make_scheduler(max_batch_size=1, waiting_served_ratio=0)
+    greedy = [make_sequence(n, max_new_tokens=1, fairness_key="a") for n in range(5)]
+    for sequence in greedy:
+        scheduler.add(sequence)
+    scheduler.finish(greedy[4])
+    scheduler.add(make_sequence(9, max_new_tokens=1, fairness_key="b"))
+    order = [number for plan in run(scheduler, 8) for number in started(plan)]
+    assert order == [0, 9, 1, 2, 3]
+
+
+def test_the_keys_that_owe_least_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tessera.router.waiting.MAX_IDLE_KEYS", 4)
+    queue = WaitingQueue()
+    queue.append(make_sequence(0, fairness_key="waits", priority=-1))
+    for number in range(1, 100):
+        sequence = make_sequence(number, fairness_key=str(number))
+        queue.append(sequence)
+        queue.let_in(sequence)
+        assert "waits" in queue._next_start
+        assert len(queue._next_start) <= 1 + 4
 
 
 def test_short_prompts_do_not_wait_for_a_long_one() -> None:

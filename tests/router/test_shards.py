@@ -106,6 +106,7 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
             block_size=16,
             model_type="llama",
             used_memory_bytes=1000 + self.num_asked,
+            incarnation=int(self.fault == "is new" and self.num_asked > 1),
         )
 
     async def Warmup(  # noqa: N802
@@ -121,6 +122,8 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[shard_pb2.StepReply]:
         messages = aiter(request_iterator)
+        if self.fault == "leaves":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the process ended")
         async for message in messages:
             step = message.step
             if self.fault == "dies":
@@ -216,6 +219,20 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, fault: str) -> Non
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShardsLost, match="rank 1 has not answered"):
         with_ranks(tmp_path, ("", "hangs"), lambda group: group.watch(0.01, 0.1))
+
+
+def test_a_rank_that_ends_while_nobody_asks_for_anything_is_noticed(tmp_path: Path) -> None:
+    async def idle(group: ShardGroup) -> None:
+        await warm_up(group)
+        await asyncio.wait_for(group.watch(interval_s=60, timeout_s=60), 20)
+
+    with pytest.raises(ShardsLost, match="rank 1 is gone: the process ended"):
+        with_ranks(tmp_path, ("", "leaves"), idle)
+
+
+def test_a_rank_that_was_started_anew_is_another_one(tmp_path: Path) -> None:
+    with pytest.raises(ShardsLost, match="rank 1 was started anew"):
+        with_ranks(tmp_path, ("", "is new"), lambda group: group.watch(0.01, 5))
 
 
 def test_what_is_known_of_each_rank(tmp_path: Path) -> None:
