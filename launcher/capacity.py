@@ -6,7 +6,7 @@ from typing import Any
 
 MIB = 1 << 20
 # The warm-up leaves so much of the free memory alone, and at least so many bytes.
-WORKSPACE_SHARE, LEAST_WORKSPACE = 0.05, 24 * MIB
+WORKSPACE_SHARE, LEAST_WORKSPACE = 0.05, 40 * MIB
 PROCESS_BYTES = {"cpu": 280 * MIB, "cuda": 500 * MIB, "xpu": 500 * MIB}  # of a shard without model
 OTHER_BYTES = {"cpu": 220 * MIB}  # launcher and router, where they share the shards' memory
 STEP_TILES = {"cpu": 5}  # without MAX_STEP_TILES

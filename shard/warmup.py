@@ -18,7 +18,7 @@ from tessera.shard.sampler import SampleRow, sample
 logger = logging.getLogger(__name__)
 
 WORKSPACE_SHARE = 0.05
-LEAST_WORKSPACE_BYTES = 24 << 20
+LEAST_WORKSPACE_BYTES = 40 << 20
 """Part of the free memory left alone, at least so much of it, for what no trial shows: messages,
 fragmentation, libraries."""
 

@@ -90,14 +90,16 @@ def test_a_priority_goes_first(tight: Stack) -> None:
 
         async def one(number: int, body: Body) -> None:
             async with tight.client() as client:
-                await asyncio.sleep(0.02 * number)
                 assert (await client.post("/generate", json=body)).status_code == 200
                 done.append(number)
 
         texts = [f"[INST] {number} {'red ' * 90} [/INST]" for number in range(16)]
-        asked = [ask(text, 60, temperature=2.0, seed=n) for n, text in enumerate(texts)]
+        asked = [ask(text, 100, temperature=2.0, seed=n) for n, text in enumerate(texts)]
         asked[-1]["parameters"]["priority"] = 50
-        await asyncio.gather(*(one(number, body) for number, body in enumerate(asked)))
+        others = [asyncio.create_task(one(*numbered)) for numbered in enumerate(asked[:-1])]
+        while await asyncio.to_thread(tight.metric, "tessera_num_requests_waiting") < 10:
+            assert len(done) < 3, "they are answered before they have to wait"
+        await asyncio.gather(one(15, asked[-1]), *others)
         return done
 
     done = asyncio.run(go())

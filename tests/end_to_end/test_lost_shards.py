@@ -1,4 +1,4 @@
-"""Shards that are killed or hang are started anew; streams pause, and answers are what they were."""
+"""Shards that are killed or hang are started anew; streams pause, and answers stay the same."""
 
 import asyncio
 import contextlib

@@ -336,9 +336,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_warm_up_leaves_room_for_messages_however_little_there_is(model: TableModel) -> None:
-    engine = small_engine(model, 40 << 20, 1 << 20)
+    engine = small_engine(model, 50 << 20, 1 << 20)
     reply = warm_up(engine, request(), memory_fraction=1.0, layout=None)
-    assert reply.num_blocks == (40 - 1 - 24 << 20) // 256
+    assert reply.num_blocks == (50 - 1 - 40 << 20) // 256
 
 
 def small_engine(model: TableModel, free_bytes: int, step_bytes: int) -> Engine:
