@@ -170,7 +170,7 @@ class Server:
             LaunchError: the router ended, or is not ready in time.
         """
         timeout_s = self.settings.launcher.startup_timeout
-        deadline: float | None = started + timeout_s
+        deadline: float | None = time.monotonic() + timeout_s  # a download came before it
         while True:
             try:
                 word = self.supervisor.wait_for_word(deadline)

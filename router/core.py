@@ -104,7 +104,7 @@ class Core:
         return self._scheduler is not None and self._lost is None and not self._draining
 
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
-        """Take requests from now on; called after each warm-up."""
+        """Take requests from now on; called after each warm-up. `scheduling` does not change."""
         self._limits = limits
         if self._scheduler is None:
             self._scheduler = Scheduler(scheduling, pool)

@@ -183,8 +183,14 @@ class ShardGroup:
         """
         ranks = range(len(self._stubs))
         watching = [self._watch(rank, interval_s, timeout_s) for rank in ranks]
-        ends = [self._stream_end(rank, stream) for rank, stream in enumerate(self._streams)]
-        await asyncio.gather(*watching, *ends)
+        watching += [self._stream_end(rank, stream) for rank, stream in enumerate(self._streams)]
+        tasks = [asyncio.ensure_future(each) for each in watching]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # the others would go on, and watch the next incarnation
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
         """Close the streams, which makes the shards forget every sequence, and the channels."""

@@ -230,6 +230,17 @@ def test_a_rank_that_ends_while_nobody_asks_for_anything_is_noticed(tmp_path: Pa
         with_ranks(tmp_path, ("", "leaves"), idle)
 
 
+def test_nothing_of_a_watch_is_left_behind(tmp_path: Path) -> None:
+    async def lose(group: ShardGroup) -> None:
+        await warm_up(group)
+        with pytest.raises(ShardsLost):
+            await asyncio.wait_for(group.watch(interval_s=60, timeout_s=60), 20)
+        left = [str(task.get_coro()) for task in asyncio.all_tasks()]
+        assert [one for one in left if "_watch" in one or "_stream_end" in one] == []
+
+    with_ranks(tmp_path, ("", "leaves"), lose)
+
+
 def test_a_rank_that_was_started_anew_is_another_one(tmp_path: Path) -> None:
     with pytest.raises(ShardsLost, match="rank 1 was started anew"):
         with_ranks(tmp_path, ("", "is new"), lambda group: group.watch(0.01, 5))
