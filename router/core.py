@@ -97,10 +97,11 @@ class Core:
     @property
     def ready(self) -> bool:
         """Whether a request submitted now would be run at once."""
-        return self._takes_requests and not self._is_suspended
+        return self.takes_requests and not self._is_suspended
 
     @property
-    def _takes_requests(self) -> bool:
+    def takes_requests(self) -> bool:
+        """Whether a request submitted now would be run, perhaps by shards that are awaited."""
         return self._scheduler is not None and self._lost is None and not self._draining
 
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
@@ -120,7 +121,7 @@ class Core:
 
     def submit(self, request: Request) -> RequestStream:
         """Queue one request. See `generation.Generator.submit`."""
-        if self._scheduler is None or not self._takes_requests:
+        if self._scheduler is None or not self.takes_requests:
             raise NotReadyError(self._why_not_ready())
         sequence = Sequence(next(self._ids), request)
         stream = RequestStream(sequence, cancel=partial(self.cancel, sequence))

@@ -80,6 +80,11 @@ class Generator(Protocol):
         """True while every shard is warm and alive and the server is not draining."""
         ...
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether `submit` takes them: when ready, and for a while when new shards are awaited."""
+        ...
+
     def submit(self, request: Request) -> TokenStream:
         """Queue one request.
 

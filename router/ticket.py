@@ -69,7 +69,7 @@ class Ticket:
             NotReadyError: there are no shards to run them.
             OverloadedError: too many are inside already.
         """
-        if not self._generator.ready:
+        if not self._generator.takes_requests:
             raise NotReadyError("The model is not ready: it is loading, draining or restarting.")
         self._admission.take(count)
         self._permits += count

@@ -48,7 +48,7 @@ class PreparedGenerator:
     """Implements `generation.Generator` over streams of the router's own."""
 
     limits = LIMITS
-    ready = True
+    ready = takes_requests = True
 
     def __init__(self, step_s: float) -> None:
         """With `step_s` 0 all events are there at once, else one for each stream every `step_s`."""

@@ -133,6 +133,10 @@ class FakeGenerator:
     full: bool = False
     streams: list[FakeStream] = field(default_factory=list)
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.ready
+
     def submit(self, request: Request) -> FakeStream:
         if not self.ready:
             raise NotReadyError("not ready")
