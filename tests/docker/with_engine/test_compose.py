@@ -66,7 +66,7 @@ def url(project: Project) -> str:
 
 def status(url: str) -> int:
     try:
-        return httpx.get(url, timeout=5).status_code
+        return httpx.get(url, timeout=10).status_code
     except httpx.TransportError:
         return 0
 
