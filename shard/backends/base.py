@@ -41,7 +41,8 @@ class CacheShape:
 class LayerCache:
     """Keys and values of one layer for every block of the pool: [B, K, P, H] each.
 
-    Heads before positions, so that one head's keys of a block lie together in memory. In 8 bits
+    Heads before positions, so that one head's keys of a block lie together in memory. A backend may
+    lay them out otherwise in caches of its own (`paired_cache`), blocks first. In 8 bits
     (float8_e4m3fn, float8_e5m2) a number too large for the format is its largest, and one that is
     not finite is NaN.
     """

@@ -14,6 +14,7 @@ from tessera.shard.backends.base import CacheShape, LayerCache, Linear, StepLayo
 from tessera.shard.backends.build import library_path
 from tessera.shard.backends.huge_pages import HugePages, empty_on_huge_pages
 from tessera.shard.backends.packed_linear import PackedLinear, packing_works
+from tessera.shard.backends.paired_cache import can_be_paired, paired_sizes
 from tessera.shard.backends.paired_linear import PairedLinear
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.quantized import QuantizedWeight, pack
@@ -73,6 +74,7 @@ class CpuBackend(ReferenceBackend):
         self._variant = variants.index(self.variant)
         kernels = torch.ops.tessera_cpu
         self._pairs = kernels.paired_linear_pays(self._variant)
+        self.pairs_work: bool = kernels.pairs_work(self._variant)  # for a cache
         self._weights = HugePages()
         self._add_rms_norm = kernels.add_rms_norm.default
         self._silu_mul = kernels.silu_mul.default
@@ -81,11 +83,14 @@ class CpuBackend(ReferenceBackend):
         self._attend_dense = kernels.attend_dense.default
 
     def new_cache(self, shape: CacheShape, num_blocks: int) -> list[LayerCache]:
-        """See `Backend.new_cache`."""
-        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size)
+        """See `Backend.new_cache`; in pairs (`paired_cache`) where the kernels multiply those."""
+        if self.pairs_work and can_be_paired(shape):
+            keys, values = paired_sizes(shape, num_blocks)
+        else:
+            keys = values = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_size)
         return [
             LayerCache(
-                empty_on_huge_pages(size, shape.dtype), empty_on_huge_pages(size, shape.dtype)
+                empty_on_huge_pages(keys, shape.dtype), empty_on_huge_pages(values, shape.dtype)
             )
             for _ in range(shape.num_layers)
         ]

@@ -1,7 +1,8 @@
 // Attention of one tile of query rows over the keys of one segment of a paged cache.
 //
-// Keys are taken KEYS at a time: packed for the matrix product, multiplied with the queries,
-// turned into weights of the softmax so far, multiplied with the packed values.
+// Keys are taken KEYS at a time: multiplied with the queries, turned into weights of the softmax so
+// far, multiplied with the values. A cache in pairs (kernels.h) lies as the matrix products want it;
+// keys and values of others are packed for them first.
 #pragma once
 
 #include "float8.h"
@@ -12,7 +13,7 @@ namespace tessera {
 namespace {
 
 constexpr int64_t KEYS = 64;
-static_assert(SEGMENT % KEYS == 0);
+static_assert(SEGMENT % KEYS == 0 && KEYS % PAIRED_KEYS == 0);
 const float ZEROS[MAX_HEAD_SIZE] = {};  // the value of a key that is not taken
 constexpr float LOWEST = -3.402823466e38f;  // a maximum below every score
 
@@ -81,12 +82,13 @@ class TileAttention {
   using Type = typename Cell::Type;
   static constexpr int64_t VALUES = Cell::VALUES;
   static_assert(sizeof(Type) == sizeof(float));
+  static_assert(VALUES == 1 || LANES == PAIRED_KEYS);
 
  public:
   TileAttention(const AttendArgs<T>& args, const AttendTile& tile, const Partial& to, float* scratch)
       : args(args), tile(tile), to(to), depth(args.head_size / VALUES),
         width(padded(args.head_size)),
-        element_bytes(args.storage == Storage::PLAIN ? sizeof(T) : 1) {
+        element_bytes(in_8_bits(args.storage) ? 1 : sizeof(T)) {
     q = reinterpret_cast<Type*>(scratch);  // [rows, depth]
     k = q + padded(tile.rows() * depth);   // [depth, KEYS]
     v = k + depth * KEYS;                  // [KEYS / VALUES, width]
@@ -103,22 +105,24 @@ class TileAttention {
   void attend(int64_t first_key, int64_t last_key) {
     clear();
     pack_queries();
-    for (int64_t start = first_key / KEYS * KEYS; start < last_key; start += KEYS) {
+    const int64_t begin = first_key / KEYS * KEYS;
+    for (int64_t start = begin; start < last_key; start += KEYS) {
       origin = start;
       first = first_key > start ? first_key - start : 0;
       last = last_key - start < KEYS ? last_key - start : KEYS;
-      num_next = last_key - start - KEYS < KEYS ? last_key - start - KEYS : KEYS;
-      locate(start, last, offsets);
-      locate(start + KEYS, num_next, next_offsets);
-      Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next,
-                       args.head_size * element_bytes);
-      int64_t columns = (last + LANES - 1) / LANES * LANES;
-      pack_keys(columns, ahead);
-      multiply<Cell>({q, depth, k, KEYS, scores, KEYS, depth, false}, tile.rows(), columns, ahead);
-      for (int64_t row = 0; row < tile.rows(); row++) weigh(row, columns);
-      pack_values(ahead);
-      int64_t cells = (last + VALUES - 1) / VALUES;
-      multiply<Cell>({p, KEYS / VALUES, v, width, to.sums, width, cells, true}, tile.rows(), width, ahead);
+      // The task after this one is likely the next head's.
+      const bool of_this_head = start + KEYS < last_key;
+      next_head = tile.kv_head + (of_this_head ? 0 : 1);
+      next_origin = of_this_head ? start + KEYS : begin;
+      num_next = last_key - next_origin < KEYS ? last_key - next_origin : KEYS;
+      if (next_head == args.num_kv_heads) num_next = 0;
+      columns = (last + LANES - 1) / LANES * LANES;
+      if constexpr (VALUES == 2) {
+        if (args.storage == Storage::PAIRED) attend_paired();
+        else attend_packed();
+      } else {
+        attend_packed();
+      }
     }
   }
 
@@ -134,24 +138,81 @@ class TileAttention {
   int64_t element_bytes;  // of the cache
   int64_t origin = 0;           // position of the first of these KEYS
   int64_t first = 0, last = 0;  // those taken, counted from origin
-  int64_t num_next = 0;         // of the next KEYS
+  int64_t columns = 0;          // up to the last one taken, in whole vectors
+  int64_t next_head = 0, next_origin = 0, num_next = 0;  // what is worked on after these
   int64_t offsets[KEYS], next_offsets[KEYS];
 
-  // Where the keys and values at origin, origin + 1, ... lie in their pools, in bytes.
-  void locate(int64_t origin, int64_t count, int64_t (&offsets)[KEYS]) const {
+  template <typename B>
+  Operands<Cell, B> scores_of(B keys) const {
+    return {q, depth, keys, scores, KEYS, depth, false};
+  }
+
+  // From the weights of the cells [first_cell, last_cell), and their values.
+  template <typename B>
+  Operands<Cell, B> sums_of(B values, int64_t first_cell, int64_t last_cell) const {
+    return {p + first_cell, KEYS / VALUES, values, to.sums, width, last_cell - first_cell, true};
+  }
+
+  void attend_packed() {
+    locate(tile.kv_head, origin, last, 1, offsets);
+    locate(next_head, next_origin, num_next, 1, next_offsets);
+    Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets, num_next,
+                     args.head_size * element_bytes);
+    pack_keys(ahead);
+    multiply(scores_of(Strided<Type>{k, KEYS}), tile.rows(), columns, ahead);
+    for (int64_t row = 0; row < tile.rows(); row++) weigh(row);
+    pack_values(ahead);
+    multiply(sums_of(Strided<Type>{v, width}, 0, (last + VALUES - 1) / VALUES), tile.rows(), width,
+             ahead);
+  }
+
+  void attend_paired() {
+    locate(tile.kv_head, origin, last, PAIRED_KEYS, offsets);
+    locate(next_head, next_origin, num_next, PAIRED_KEYS, next_offsets);
+    Prefetcher ahead(args.k_BKPH, args.v_BKPH, next_offsets,
+                     (num_next + PAIRED_KEYS - 1) / PAIRED_KEYS,
+                     PAIRED_KEYS * args.head_size * element_bytes);
+    const Type *keys[KEYS / LANES], *values[KEYS / VALUES];
+    for (int64_t i = 0; i < columns / LANES; i++) keys[i] = cells_at(args.k_BKPH, i);
+    multiply(scores_of(Columns<Type>{keys, LANES}), tile.rows(), columns, ahead);
+    for (int64_t row = 0; row < tile.rows(); row++) weigh(row);
+    const int64_t begin = first / VALUES, end = (last + VALUES - 1) / VALUES;
+    for (int64_t i = begin; i < end; i++) {
+      values[i] = cells_at(args.v_BKPH, i * VALUES / PAIRED_KEYS) +
+                  i % (PAIRED_KEYS / VALUES) * args.head_size;
+    }
+    if (first % VALUES) values[begin] = one_of_two(values[begin], v, 0xffff0000u);
+    if (last % VALUES) values[end - 1] = one_of_two(values[end - 1], v + width, 0x0000ffffu);
+    multiply(sums_of(Scattered<Type>{values + begin}, begin, end), tile.rows(), width, ahead);
+  }
+
+  const Type* cells_at(const uint8_t* pool, int64_t part) const {
+    return reinterpret_cast<const Type*>(pool + offsets[part]);
+  }
+
+  // A copy without the values of a key that is not taken, whatever its memory holds.
+  const Type* one_of_two(const Type* pairs, Type* copy, Type mask) const {
+    for (int64_t i = 0; i < args.head_size; i++) copy[i] = pairs[i] & mask;
+    return copy;
+  }
+
+  // Where every `step`th key and value of a head from `origin` on lies in its pool, in bytes.
+  void locate(int64_t kv_head, int64_t origin, int64_t count, int64_t step,
+              int64_t (&offsets)[KEYS]) const {
     const int32_t* table = args.block_tables_SM + tile.sequence * args.table_stride;
     int64_t index = origin / args.block_size, in_block = origin % args.block_size;
-    for (int64_t key = 0; key < count; key++) {
-      offsets[key] = element_bytes * (table[index] * args.block_stride +
-                                      tile.kv_head * args.head_stride +
-                                      in_block * args.position_stride);
-      if (++in_block == args.block_size) index++, in_block = 0;
+    for (int64_t i = 0; i * step < count; i++) {
+      offsets[i] = element_bytes * (table[index] * args.block_stride +
+                                    kv_head * args.head_stride +
+                                    in_block * args.position_stride);
+      in_block += step;
+      if (in_block == args.block_size) index++, in_block = 0;
     }
   }
 
   // A row of a pool; `slot` of the widened ones is overwritten.
   const T* row_at(const uint8_t* from, int slot) {
-    if (args.storage == Storage::PLAIN) return reinterpret_cast<const T*>(from);
+    if (!in_8_bits(args.storage)) return reinterpret_cast<const T*>(from);
     T* to = widened + slot * args.head_size;
     widen_row(from, args.storage, to, args.head_size);
     return to;
@@ -174,7 +235,7 @@ class TileAttention {
   }
 
   // k: cells down, keys across. Columns of keys that are not taken hold anything.
-  void pack_keys(int64_t columns, Prefetcher& ahead) {
+  void pack_keys(Prefetcher& ahead) {
     for (int64_t column = 0; column < columns; column += LANES) {
       const T* keys[LANES];
       for (int i = 0; i < LANES; i++) {
@@ -215,7 +276,7 @@ class TileAttention {
   }
 
   // Scores of a row become weights in p; sums so far are scaled to the new maximum.
-  void weigh(int64_t row, int64_t columns) {
+  void weigh(int64_t row) {
     int64_t position = tile.first_position + token_of_row(args, tile, row);
     int64_t after = position + 1 - origin;
     int64_t begin = args.window && after - args.window > first ? after - args.window : first;

@@ -11,8 +11,17 @@ struct bf16 {
   uint16_t bits;
 };
 
-// How a cache holds its numbers: in the type of the computation, or in 8 bits (arXiv 2209.05433).
-enum class Storage { PLAIN, E4M3, E5M2 };
+// How a cache holds its numbers: in the type of the computation, one head of a position after the
+// other or in pairs of bfloat16, or in 8 bits (arXiv 2209.05433).
+//
+// Pairs: PAIRED_KEYS positions of a head lie together. Their keys are a row per pair of channels, with
+// the two numbers of each position: [H / 2, PAIRED_KEYS, 2]. Their values are a row per pair of
+// positions, with the two numbers of each channel: [PAIRED_KEYS / 2, H, 2].
+enum class Storage { PLAIN, PAIRED, E4M3, E5M2 };
+constexpr int64_t PAIRED_KEYS = 16;
+constexpr bool in_8_bits(Storage storage) {
+  return storage == Storage::E4M3 || storage == Storage::E5M2;
+}
 
 // Attention of one step, as the kernels see it. Shape letters: shard/backends/base.py.
 template <typename T>

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "matmul.h"
+#include "prefetch.h"
 
 namespace tessera {
 namespace {
@@ -14,10 +15,27 @@ namespace {
 // Weights are read from front to back, which processors foresee: asking for them early cost a fifth
 // of the rate at which one row read them.
 struct NothingAhead {
-  void fetch(int64_t) {}
+  void step() {}
 };
 
-constexpr int64_t DEPTH = 2048;  // pairs of columns of a block: 512 KiB, which stay in the L2 cache
+// Asks for what lies behind a part of the weight, two cache lines with each step.
+class NextPart {
+ public:
+  NextPart(const uint32_t* part, int64_t cells)
+      : line(reinterpret_cast<const char*>(part + cells)), end(line + cells * sizeof(uint32_t)) {}
+
+  void step() {
+    for (int i = 0; i < 2 && line < end; i++, line += LINE) __builtin_prefetch(line, 0, IN_L2);
+  }
+
+ private:
+  const char *line, *end;
+};
+
+// What rows that pass a part of the weight once, or many times, take at once; it stays in the L2 cache.
+constexpr int64_t DEPTH = 2048;  // pairs of columns of 256 bytes
+// For two or three passes arithmetic takes about as long as reading: the next part is read meanwhile.
+constexpr int64_t SHORT_DEPTH = 512;
 
 // Up to PAIRED_ROWS rows of the input against one block of the weight.
 void multiply_paired(const PairedArgs& args, int64_t block, int64_t first_row, int64_t num_rows) {
@@ -26,12 +44,20 @@ void multiply_paired(const PairedArgs& args, int64_t block, int64_t first_row, i
   const uint32_t* weight =
       reinterpret_cast<const uint32_t*>(args.weight) + block * pairs * PAIRED_OUT;
   float sums[PAIRED_ROWS * PAIRED_OUT];
-  NothingAhead ahead;
-  for (int64_t first = 0; first < pairs; first += DEPTH) {
-    const int64_t depth = pairs - first < DEPTH ? pairs - first : DEPTH;
-    const uint32_t* part = weight + first * PAIRED_OUT;
-    multiply<PairCell>({x + first, pairs, part, PAIRED_OUT, sums, PAIRED_OUT, depth, first > 0},
-                       num_rows, PAIRED_OUT, ahead);
+  const bool reads_ahead = num_rows > ROWS && num_rows <= 3 * ROWS;
+  const int64_t most = reads_ahead ? SHORT_DEPTH : DEPTH;
+  for (int64_t first = 0; first < pairs; first += most) {
+    const int64_t depth = pairs - first < most ? pairs - first : most;
+    const Strided<uint32_t> part{weight + first * PAIRED_OUT, PAIRED_OUT};
+    const Operands<PairCell, Strided<uint32_t>> product{x + first,  pairs, part,     sums,
+                                                        PAIRED_OUT, depth, first > 0};
+    if (reads_ahead) {
+      NextPart ahead(part.first, depth * PAIRED_OUT);
+      multiply(product, num_rows, PAIRED_OUT, ahead);
+    } else {
+      NothingAhead ahead;
+      multiply(product, num_rows, PAIRED_OUT, ahead);
+    }
   }
   const int64_t first = block * PAIRED_OUT;
   const int64_t left = args.out_features - first, count = left < PAIRED_OUT ? left : PAIRED_OUT;

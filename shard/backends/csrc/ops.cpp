@@ -81,8 +81,7 @@ Tensor silu_mul(const Tensor& gate_up, int64_t variant) {
 }
 
 void check_step(const StepShape& step, const Tensor& q_TNH, const Tensor& tables_SM,
-                const Tensor& k_BKPH) {
-  int64_t num_blocks = k_BKPH.size(0), block_size = k_BKPH.size(2);
+                int64_t num_blocks, int64_t block_size) {
   bool ordered = step.query_start[0] == 0 && step.query_start[step.num_sequences] == q_TNH.size(0);
   bool inside = true;
   for (int64_t s = 0; s < step.num_sequences; s++) {
@@ -97,54 +96,54 @@ void check_step(const StepShape& step, const Tensor& q_TNH, const Tensor& tables
   TORCH_CHECK_INDEX(inside, "block ids must lie in [0, ", num_blocks, ")");
 }
 
-// What follows from the tensors; the block table and the mask are the caller's to fill in.
+// The arguments but for strides, block table and mask, which are the caller's to fill in.
 template <typename T>
-AttendArgs<T> attend_args(T, const Tensor& q_TNH, const Tensor& k_BKPH, const Tensor& v_BKPH,
-                          const Tensor& out_TNH) {
+AttendArgs<T> attend_args(T, const Tensor& q_TNH, const PagedCache& cache, const Tensor& out_TNH) {
   AttendArgs<T> args{};
   args.q_TNH = data<T>(q_TNH);
-  args.k_BKPH = data<uint8_t>(k_BKPH);
-  args.v_BKPH = data<uint8_t>(v_BKPH);
+  args.k_BKPH = cache.k;
+  args.v_BKPH = cache.v;
   args.out_TNH = data<T>(out_TNH);
-  args.storage = storage_of(k_BKPH);
-  args.block_stride = k_BKPH.stride(0);
-  args.head_stride = k_BKPH.stride(1);
-  args.position_stride = k_BKPH.stride(2);
-  args.num_kv_heads = k_BKPH.size(1);
+  args.storage = cache.storage;
+  args.num_kv_heads = cache.num_kv_heads;
   args.group = q_TNH.size(1) / args.num_kv_heads;
-  args.block_size = k_BKPH.size(2);
-  args.head_size = k_BKPH.size(3);
+  args.block_size = cache.block_size;
+  args.head_size = cache.head_size;
   args.scale = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(args.head_size)));
   return args;
 }
 
 // window 0: no window.
-Tensor attend_paged(const Tensor& q, const Tensor& k_BKPH, const Tensor& v_BKPH,
+Tensor attend_paged(const Tensor& q, const Tensor& keys, const Tensor& values,
                     const Tensor& query_start_S1, const Tensor& context_lens_S,
                     const Tensor& block_tables_SM, int64_t window, int64_t variant) {
   Tensor q_TNH = q.contiguous();
   check_rows(q_TNH, "q", q_TNH.scalar_type());
-  check_cache(k_BKPH, v_BKPH, q_TNH.scalar_type());
+  const Kernels& kernels = kernels_of(variant);
+  const PagedCache cache = paged_cache(keys, values, q_TNH.scalar_type(), kernels);
   check_rows(query_start_S1, "query_start", at::kInt);
   check_rows(context_lens_S, "context_lens", at::kInt);
   check_rows(block_tables_SM, "block_tables", at::kInt);
-  int64_t sequences = context_lens_S.numel(), kv_heads = k_BKPH.size(1), head_size = k_BKPH.size(3);
+  int64_t sequences = context_lens_S.numel(), kv_heads = cache.num_kv_heads;
   TORCH_CHECK(query_start_S1.numel() == sequences + 1 && block_tables_SM.dim() == 2 &&
                   block_tables_SM.size(0) == sequences,
               "query_start must be [S + 1], context_lens [S], block_tables [S, M]");
-  TORCH_CHECK(q_TNH.dim() == 3 && q_TNH.size(2) == head_size && q_TNH.size(1) % kv_heads == 0,
-              "q must be [T, a multiple of ", kv_heads, ", ", head_size, "]");
+  TORCH_CHECK(q_TNH.dim() == 3 && q_TNH.size(2) == cache.head_size && q_TNH.size(1) % kv_heads == 0,
+              "q must be [T, a multiple of ", kv_heads, ", ", cache.head_size, "]");
   TORCH_CHECK(window >= 0, "window must not be negative");
   StepShape step{data<int32_t>(query_start_S1), data<int32_t>(context_lens_S), sequences};
-  check_step(step, q_TNH, block_tables_SM, k_BKPH);
+  check_step(step, q_TNH, block_tables_SM, cache.num_blocks, cache.block_size);
   Tensor out_TNH = at::empty_like(q_TNH);
   with_type(q_TNH, [&](auto type) {
-    auto args = attend_args(type, q_TNH, k_BKPH, v_BKPH, out_TNH);
+    auto args = attend_args(type, q_TNH, cache, out_TNH);
+    args.position_stride = cache.head_size;  // in pairs too, as PAIRED_KEYS of them lie together
+    args.head_stride = cache.block_size * args.position_stride;
+    args.block_stride = kv_heads * args.head_stride;
     args.block_tables_SM = data<int32_t>(block_tables_SM);
     args.table_stride = block_tables_SM.size(1);
     args.window = window;
     args.causal = true;
-    attend(kernels_of(variant), args, step);
+    attend(kernels, args, step);
   });
   return out_TNH;
 }
@@ -158,21 +157,30 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, int64_t v
   TORCH_CHECK(q_SQNH.dim() == 4 && k_SQNH.sizes() == q_SQNH.sizes() &&
                   v_SQNH.sizes() == q_SQNH.sizes(),
               "q, k and v must be [S, Q, N, H]");
-  check_head_size(q_SQNH.size(3));
-  int32_t rows = static_cast<int32_t>(q_SQNH.size(0)), length = static_cast<int32_t>(q_SQNH.size(1));
-  std::vector<int32_t> query_start(rows + 1), lengths(rows, length), blocks(rows);
-  for (int32_t s = 0; s <= rows; s++) query_start[s] = s * length;
+  int64_t length = q_SQNH.size(1), heads = q_SQNH.size(2), head_size = q_SQNH.size(3);
+  check_head_size(head_size);
+  int32_t rows = static_cast<int32_t>(q_SQNH.size(0));
+  std::vector<int32_t> query_start(rows + 1), lengths(rows, static_cast<int32_t>(length));
+  std::vector<int32_t> blocks(rows);
+  for (int32_t s = 0; s <= rows; s++) query_start[s] = s * static_cast<int32_t>(length);
   std::iota(blocks.begin(), blocks.end(), 0);
+  const PagedCache cache{data<uint8_t>(k_SQNH), data<uint8_t>(v_SQNH), Storage::PLAIN,
+                         rows, heads, length, head_size};
   Tensor out_SQNH = at::empty_like(q_SQNH);
   with_type(q_SQNH, [&](auto type) {
-    auto args = attend_args(type, q_SQNH.flatten(0, 1), k_SQNH.transpose(1, 2),
-                            v_SQNH.transpose(1, 2), out_SQNH);
+    auto args = attend_args(type, q_SQNH.flatten(0, 1), cache, out_SQNH);
+    args.head_stride = head_size;
+    args.position_stride = heads * args.head_stride;
+    args.block_stride = length * args.position_stride;
     args.block_tables_SM = blocks.data();
     args.table_stride = 1;
     attend(kernels_of(variant), args, StepShape{query_start.data(), lengths.data(), rows});
   });
   return out_SQNH;
 }
+
+// Whether a cache of bfloat16 may be in pairs.
+bool pairs_work(int64_t variant) { return kernels_of(variant).multiply_paired; }
 
 // x [.., I] with a weight in the layout of kernels.h: [.., out_features], in the type of x.
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -225,6 +233,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const std::option
 
 TORCH_LIBRARY(tessera_cpu, library) {
   library.def("variants() -> str[]", &variant_names);
+  library.def("pairs_work(int variant) -> bool", &pairs_work);
   library.def(
       "add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, int variant) -> Tensor");
   library.def("silu_mul(Tensor gate_up, int variant) -> Tensor");

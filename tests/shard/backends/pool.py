@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.shard.backends.base import Backend, CacheShape, LayerCache, StepLayout
+from tessera.shard.backends.paired_cache import can_be_paired
 from tessera.shard.backends.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -40,6 +41,43 @@ class HostFaced:
             return self._faced(result) if callable(result) else moved(result, CPU)
 
         return call
+
+
+class InPairs(HostFaced):
+    """The CPU backend for tests whose caches are not in pairs: they are for it."""
+
+    def _faced(self, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            there = [
+                paired(argument) if isinstance(argument, LayerCache) else argument
+                for argument in arguments
+            ]
+            result = function(*there)
+            for ours, theirs in zip(arguments, there, strict=True):
+                if isinstance(ours, LayerCache) and theirs is not ours:
+                    ours.k_BKPH.copy_(
+                        theirs.k_BKPH.permute(0, 1, 2, 4, 3, 5).reshape_as(ours.k_BKPH)
+                    )
+                    ours.v_BKPH.copy_(
+                        theirs.v_BKPH.permute(0, 1, 2, 3, 5, 4).reshape_as(ours.v_BKPH)
+                    )
+            return result
+
+        return call
+
+
+def paired(cache: LayerCache) -> LayerCache:
+    """A copy in pairs (csrc/kernels.h); the cache itself where there can be none."""
+    blocks, heads, positions, head_size = cache.k_BKPH.shape
+    shape = CacheShape(1, heads, head_size, positions, cache.k_BKPH.dtype)
+    if not can_be_paired(shape):
+        return cache
+    k_size = (blocks, heads, positions // 16, 16, head_size // 2, 2)
+    v_size = (blocks, heads, positions // 16, 8, 2, head_size)
+    return LayerCache(
+        cache.k_BKPH.view(k_size).permute(0, 1, 2, 4, 3, 5).contiguous(),
+        cache.v_BKPH.view(v_size).permute(0, 1, 2, 3, 5, 4).contiguous(),
+    )
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from tessera.shard.backends.fused_attention import FusedAttentionBackend
 from tessera.shard.backends.ipex_version import ipex_fits
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.gumbel import key_of, uniforms
-from tests.shard.backends.pool import CPU, NAN, HostFaced, Pool, assert_close, stored_rows
+from tests.shard.backends.pool import CPU, NAN, HostFaced, InPairs, Pool, assert_close, stored_rows
 from tests.shard.backends.simulated_device import simulated_device
 
 
@@ -30,12 +30,18 @@ def built_variants() -> list[str]:
         return []
 
 
+# The layout of the best kernels' own caches; those of these tests are not in it.
+PAIRS_WORK = bool(built_variants()) and CpuBackend(CPU).pairs_work
 GPUS = ["simulated", "xpu", *(["cuda"] if cuda.available() else [])]
 IPEX = ["ipex"] if ipex_fits("cpu") else []
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
-BACKENDS = ["reference", "fused_attention", *built_variants(), *GPUS, *INTERPRETED, *IPEX]
+IN_PAIRS = ["in pairs"] if PAIRS_WORK else []
+BACKENDS = [
+    *("reference", "fused_attention"),
+    *(*built_variants(), *IN_PAIRS, *GPUS, *INTERPRETED, *IPEX),
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -49,6 +55,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return ReferenceBackend(CPU)
     if request.param == "fused_attention":
         return FusedAttentionBackend(CPU)
+    if request.param == "in pairs":
+        return cast(Backend, InPairs(CpuBackend(CPU)))
     if request.param == "ipex":
         return load_backend("cpu", "ipex")
     if request.param == "simulated":
