@@ -11,8 +11,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRAS ?= dev
 
-GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi README.md \
-  docker/METRICS.md docker/grafana/dashboards/tessera.json docker/compose.yaml $(wildcard docker/models/*.env)
+GENERATED := proto/shard_pb2.py proto/shard_pb2.pyi proto/shard_pb2_grpc.py proto/shard_pb2_grpc.pyi \
+  README.md API.md docker/METRICS.md docker/grafana/dashboards/tessera.json docker/compose.yaml \
+  $(wildcard docker/models/*.env)
 
 # `make run` serves the demo model, two shards on a CPU, at port 8000. Every setting is a variable:
 # `make run MODEL_ID=llava-hf/llava-v1.6-mistral-7b-hf NUM_SHARD=1 PORT=8080 DTYPE=bfloat16`.
@@ -72,7 +73,7 @@ test-ipex: ipex-env  ## the backend of Intel's IPEX, with its build for processo
 client-envs: setup  ## install the older clients the tests run into build/client-envs
 	@$(BIN)/python -m tests.clients.environments
 
-client-table: client-envs  ## write what the client tests see into README.md
+client-table: client-envs  ## write what the client tests see into API.md
 	-$(BIN)/python -m pytest -q tests/clients/test_compatibility.py
 	cp build/compatibility.json tests/clients/compatibility.json
 	@$(MAKE) --no-print-directory docs
@@ -136,6 +137,7 @@ check: setup typed  ## ruff, mypy --strict, import contracts, generated files cu
 
 docs:  ## write the tables of settings, clients, speed, metrics and models' needs, and Grafana's dashboard
 	@$(BIN)/python tests/contracts/readme.py
+	@$(BIN)/python tests/contracts/client_table.py
 	@$(BIN)/python tests/contracts/speed_section.py
 	@$(BIN)/python tests/contracts/metrics_page.py
 	@$(BIN)/python tests/contracts/compose_settings.py

@@ -1,4 +1,4 @@
-"""compatibility.json, and with it README's table, says what was seen here."""
+"""compatibility.json, and with it API.md's table, says what was seen here."""
 
 import json
 from pathlib import Path

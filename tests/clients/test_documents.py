@@ -4,7 +4,6 @@ Only the server's address and the picture's are replaced.
 """
 
 import base64
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +14,12 @@ import pytest
 from tests.clients.conftest import DEMO
 from tests.clients.environments import ROOT
 from tests.clients.expectations import CAPTION, is_caption, is_three
+from tests.contracts.pages import README, blocks
 from tests.end_to_end.stack import Stack
 
 pytestmark = pytest.mark.timeout(300)
 
 DOCUMENTS = Path(__file__).parent / "documents"
-README = ROOT / "README.md"
 LINK = "https://www.nhmagazine.com/content/uploads/2019/05/mtwashingtonFranconia-2-19-18-108-Edit-Edit.jpg"
 PICTURE = DEMO / "picture.png"
 SOURCES: dict[str, Callable[[str], str]] = {
@@ -31,10 +30,6 @@ SOURCES: dict[str, Callable[[str], str]] = {
     "base64": lambda _: base64.b64encode(PICTURE.read_bytes()).decode(),
     "path": lambda _: str(PICTURE),
 }
-
-
-def blocks(document: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -94,3 +89,10 @@ def test_readme_curl_examples(server: Stack) -> None:
         reply = run("bash", "-c", replaced(example, "http://localhost:8000", server.url))
         assert '"generated_text":' in reply or '"choices":' in reply, reply[:500]
         assert '"error"' not in reply
+
+
+def test_readme_chat_example(server: Stack) -> None:
+    lines = "".join(blocks(README, "sh")).splitlines()
+    (example,) = [line for line in lines if line.startswith("tessera-chat") and "--image" in line]
+    command = replaced(example, "tessera-chat", f"{sys.executable} -m tessera.launcher.chat.main")
+    assert is_three(run("bash", "-c", replaced(command, "http://localhost:8000", server.url)))

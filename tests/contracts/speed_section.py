@@ -4,7 +4,7 @@ import json
 import textwrap
 from typing import Any
 
-from readme import README, between
+from pages import README, ROOT, between
 
 RESULTS = "benchmark/results"
 BEGIN, END = "<!-- speed: written by `make docs` -->\n", "<!-- /speed -->"
@@ -107,7 +107,7 @@ def start(found: Found) -> str:
 
 
 def _result(name: str) -> Found:
-    found: Found = json.loads((README.parent / RESULTS / f"{name}.json").read_text())
+    found: Found = json.loads((ROOT / RESULTS / f"{name}.json").read_text())
     return found
 
 

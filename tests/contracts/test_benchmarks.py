@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme import README
+from pages import README, ROOT
 from speed_section import peers, with_speed
 
-ROOT = README.parent
 SECTION = README.read_text().split("\n## How fast it is\n")[1].split("\n## ")[0]
 # A paragraph or a table names the file its numbers are from: `[step.json](benchmark/results/...)`.
 PARTS = [
