@@ -1,6 +1,6 @@
 """Builds the CPU kernels: `python -m tessera.shard.backends.build`.
 
-Needs GCC (10 or newer) and the headers in the torch package, nothing else. This file imports
+Needs GCC (11 or newer) and the headers in the torch package, nothing else. This file imports
 neither torch nor tessera: setup.py runs it before there is an installed package.
 """
 
@@ -24,8 +24,7 @@ COMPILERS = ("g++", "c++")
 MAX_JOBS = 2
 
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi")
-# Drivers call torch's parallel_for, an OpenMP region in a header.
-DRIVER_FLAGS = ("-O2", "-fopenmp")
+DRIVER_FLAGS = ("-O2",)
 # No -ffast-math: NaN must stay NaN. Products and sums may be fused, errno and traps are unused.
 KERNEL_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 AVX512_FLAGS = (
@@ -118,7 +117,7 @@ def _units() -> list[Unit]:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     variants = {"portable": (), **(X86_VARIANTS if is_x86 else {})}
     driver_flags = (*DRIVER_FLAGS, *(["-DTESSERA_X86"] if is_x86 else []))
-    names = ("ops", "cache", "linear", "attend", "variants")
+    names = ("ops", "cache", "linear", "attend", "crew", "variants")
     drivers = [Unit(SOURCES / f"{name}.cpp", name, driver_flags) for name in names]
     drivers.append(Unit(SOURCES / "shared.cpp", "shared", (*driver_flags, "-O3")))  # it sums
     kernels = [
@@ -133,10 +132,6 @@ def _units() -> list[Unit]:
 
 
 def _link_command(compiler: str, torch: Path, objects: list[Path], out: Path) -> list[str]:
-    """Without -fopenmp: the OpenMP symbols then come from the library that torch itself loaded.
-
-    Linking our own could bring a second OpenMP runtime, and with it a second set of threads.
-    """
     names = [str(file) for file in objects]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     return [compiler, "-shared", "-Wl,-z,now", *names, *libraries, "-o", str(out)]

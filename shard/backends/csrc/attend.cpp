@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "crew.h"
 #include "tensors.h"
 
 namespace tessera {
@@ -12,8 +13,6 @@ namespace {
 
 // Multiplications that take about as long as waking a second thread (tens of microseconds).
 constexpr int64_t WORK_PER_THREAD = 1 << 20;
-// Pieces per thread that keep all threads busy to the end, whatever the lengths.
-constexpr int64_t PIECES_PER_THREAD = 4;
 
 // Keys that some row of the tile sees.
 struct KeyRange {
@@ -53,7 +52,7 @@ class Plan {
       : kernels(kernels), functions(typed(kernels, T{})), args(args) {
     for (int64_t s = 0; s < step.num_sequences; s++) plan_sequence(step, s);
     threads = std::clamp<int64_t>(work * args.head_size / WORK_PER_THREAD, 1,
-                                  at::get_num_threads());
+                                  crew_size());
     divide();
   }
 
@@ -64,15 +63,10 @@ class Plan {
     Workspace own = allocate(threads * own_floats), shared = allocate(shared_floats);
     std::vector<std::atomic<int64_t>> left(tiles.size());
     for (size_t i = 0; i < tiles.size(); i++) left[i] = tiles[i].keys.num_segments();
-    std::atomic<int64_t> next{0};
-    // Each thread takes the next task when it is done with one: lengths differ too much to deal
-    // them out beforehand.
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; thread++) {
-        float* memory = own.get() + thread * own_floats;
-        for (int64_t i; (i = next.fetch_add(1)) < static_cast<int64_t>(tasks.size());) {
-          run_task(tasks[i], memory, partial_floats, shared.get(), left[tasks[i].tile]);
-        }
+    share_out(threads, tasks.size(), 1, [&](int64_t member, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        run_task(tasks[i], own.get() + member * own_floats, partial_floats, shared.get(),
+                 left[tasks[i].tile]);
       }
     });
   }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "crew.h"
 #include "tensors.h"
 
 namespace tessera {
@@ -15,7 +16,6 @@ namespace {
 using at::Tensor;
 
 constexpr char NO_PRODUCT[] = "these kernels have no product with bfloat16";
-constexpr int64_t CELLS_PER_THREAD = 1 << 17;  // numbers of the weight times rows of the input
 
 // Matrix units (AMX) are several times faster at prompts than the vectors these kernels use.
 bool has_matrix_unit() {
@@ -51,15 +51,14 @@ Tensor paired_linear(const Tensor& x_TI, const Tensor& weight, const std::option
   const bf16* added = bias ? data<bf16>(*bias) : nullptr;
   const PairedArgs args{data<bf16>(x),   data<bf16>(weight), added,
                         data<bf16>(out), width,              out_features};
-  const int64_t cells = std::max<int64_t>(1, rows * width * PAIRED_OUT);  // of a block
-  at::parallel_for(0, blocks, (CELLS_PER_THREAD + cells - 1) / cells,
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t block = begin; block < end; block++) {
-                       for (int64_t row = 0; row < rows; row += PAIRED_ROWS) {
-                         multiply(args, block, row, std::min(PAIRED_ROWS, rows - row));
-                       }
-                     }
-                   });
+  const int64_t piece = piece_of(blocks, rows * width * PAIRED_OUT);
+  share_out(crew_size(), blocks, piece, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      for (int64_t row = 0; row < rows; row += PAIRED_ROWS) {
+        multiply(args, block, row, std::min(PAIRED_ROWS, rows - row));
+      }
+    }
+  });
   return out;
 }
 
@@ -76,14 +75,13 @@ void pack_paired(const Tensor& weight_OI, const Tensor& packed, int64_t variant)
   auto* to = data<bf16>(packed);
   auto pack = kernels_of(variant).pack_paired;
   TORCH_CHECK(pack, NO_PRODUCT);
-  at::parallel_for(0, blocks, 1 + CELLS_PER_THREAD / (width * PAIRED_OUT),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t block = begin; block < end; block++) {
-                       const int64_t first = block * PAIRED_OUT;
-                       pack(from + first * width, width, std::min(PAIRED_OUT, rows - first),
-                            to + first * width);
-                     }
-                   });
+  const int64_t piece = piece_of(blocks, width * PAIRED_OUT);
+  share_out(crew_size(), blocks, piece, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t first = block * PAIRED_OUT;
+      pack(from + first * width, width, std::min(PAIRED_OUT, rows - first), to + first * width);
+    }
+  });
 }
 
 TORCH_LIBRARY_FRAGMENT(tessera_cpu, library) {

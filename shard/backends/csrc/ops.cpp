@@ -11,6 +11,7 @@
 
 #include "attend.h"
 #include "cache.h"
+#include "crew.h"
 #include "tensors.h"
 
 namespace tessera {
@@ -212,7 +213,8 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const std::option
     });
     auto multiply = bits == 4 ? kernels.multiply_int4 : kernels.multiply_int8;
     const T* added = bias ? data<T>(*bias) : nullptr;
-    at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+    const int64_t piece = piece_of(blocks, rows * width * QUANTIZED_OUT);
+    share_out(crew_size(), blocks, piece, [&](int64_t, int64_t begin, int64_t end) {
       float tile[ROWS_AT_ONCE * QUANTIZED_OUT];
       for (int64_t block = begin; block < end; block++) {
         const int64_t first = block * QUANTIZED_OUT;

@@ -5,7 +5,6 @@
 // are at least n. A rank can thus be one exchange ahead at most, never two, so nobody overwrites
 // what another still reads.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <sched.h>
@@ -17,6 +16,9 @@
 #include <cstring>
 #include <thread>
 
+#include "crew.h"
+#include "pause.h"
+
 namespace tessera {
 namespace {
 
@@ -25,10 +27,9 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t LINE = 64;             // bytes; flags on one cache line each
 constexpr int64_t MAX_RANKS = 64;
-constexpr int PAUSES = 2000;             // about 50 us, before others get the processor
 constexpr auto YIELDING = std::chrono::milliseconds(5);  // then it is worth sleeping
 constexpr auto NAP = std::chrono::microseconds(100);
-constexpr int64_t ELEMENTS_PER_THREAD = 1 << 16;
+constexpr int64_t ELEMENTS_PER_PIECE = 1 << 16;
 
 using Flag = std::atomic<uint64_t>;
 static_assert(Flag::is_always_lock_free && sizeof(Flag) <= LINE);
@@ -69,9 +70,7 @@ struct Region {
     auto has_come = [&] { return theirs.load(std::memory_order_acquire) >= number; };
     for (int n = 0; n < PAUSES; n++) {
       if (has_come()) return;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+      pause();
     }
     const auto began = Clock::now();
     while (!has_come()) {
@@ -94,7 +93,7 @@ Clock::time_point deadline_in(double seconds) {
 // Always in the order of the ranks, so that the sum is the same on all of them.
 template <typename T>
 void add_up(const Region& region, uint64_t number, T* out, int64_t count) {
-  at::parallel_for(0, count, ELEMENTS_PER_THREAD, [&](int64_t begin, int64_t end) {
+  share_out(crew_size(), count, ELEMENTS_PER_PIECE, [&](int64_t, int64_t begin, int64_t end) {
     constexpr int64_t STRIP = 512;  // the partial sums of a strip stay in registers and cache
     float sums[STRIP];
     for (int64_t start = begin; start < end; start += STRIP) {

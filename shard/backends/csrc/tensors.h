@@ -1,18 +1,20 @@
 // What the drivers share: tensors checked and read as plain arrays, rows dealt out to threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "crew.h"
 #include "kernels.h"
 #include "variants.h"
 
 namespace tessera {
 
-constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // of a cheap operation on rows
+constexpr int64_t ELEMENTS_PER_PIECE = 1 << 15;   // of a cheap operation on rows
+constexpr int64_t PRODUCTS_PER_PIECE = 1 << 17;   // of a matrix product
+constexpr int64_t PIECES_PER_THREAD = 8;          // keep all busy to the end, whoever is held up
 
 inline const Kernels& kernels_of(int64_t variant) {
   TORCH_CHECK(variant >= 0 && variant < static_cast<int64_t>(variants().size()),
@@ -44,10 +46,16 @@ inline void check_rows(const at::Tensor& x, const char* name, at::ScalarType typ
 
 template <typename Body>
 void for_rows(int64_t rows, int64_t width, Body body) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / width),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; row++) body(row);
-                   });
+  const int64_t piece = std::max<int64_t>(1, ELEMENTS_PER_PIECE / width);
+  share_out(crew_size(), rows, piece, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) body(row);
+  });
+}
+
+// Blocks of a weight that are a piece of its product: small, but worth being shared out.
+inline int64_t piece_of(int64_t blocks, int64_t products_of_a_block) {
+  const int64_t least = (PRODUCTS_PER_PIECE + products_of_a_block) / (products_of_a_block + 1);
+  return std::max<int64_t>({1, least, blocks / (PIECES_PER_THREAD * crew_size())});
 }
 
 }  // namespace tessera
