@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
-from tessera.shard.backends.base import StepLayout
+from tessera.shard.backends.base import LastRows, StepLayout
 from tessera.shard.errors import DivergenceError
 from tessera.shard.kv_cache import BlockTables
 from tessera.shard.sequence import SequenceState
@@ -239,6 +239,27 @@ def slice_layout(layout: StepLayout, first: int, last: int) -> StepLayout:
         block_tables_SM=layout.block_tables_SM[rows],
         query_start=tuple(query_start),
         context_lens=tuple(context_lens),
+    )
+
+
+def last_rows(layout: StepLayout) -> LastRows | None:
+    """The last new token of each sequence; None where no sequence has another."""
+    num_sequences = len(layout.context_lens)
+    if layout.query_start[-1] == num_sequences:
+        return None
+    # Positions of a device: taken there, nothing is uploaded.
+    rows_S = layout.query_start_S1[1:].long() - 1
+    return LastRows(
+        rows_S,
+        StepLayout(
+            positions_T=layout.positions_T[rows_S],
+            slots_T=layout.slots_T[rows_S],
+            query_start_S1=torch.arange(num_sequences + 1, dtype=torch.int32, device=rows_S.device),
+            context_lens_S=layout.context_lens_S,
+            block_tables_SM=layout.block_tables_SM,
+            query_start=tuple(range(num_sequences + 1)),
+            context_lens=layout.context_lens,
+        ),
     )
 
 

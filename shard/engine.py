@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.backends.base import CacheShape, LayerCache
-from tessera.shard.batch import Batch, BatchBuilder, slice_layout
+from tessera.shard.batch import Batch, BatchBuilder, last_rows, slice_layout
 from tessera.shard.decode_graphs import DecodeGraphs, batch_sizes
 from tessera.shard.errors import DeviceError, GroupLost
 from tessera.shard.launched import Launched
@@ -224,7 +224,10 @@ class Engine:
                 report_token(launched.reply, sequence.sequence_id, token)
 
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
-        """The model's output [T, D]; rows of sequences that failed are zero."""
+        """The model's output [T, D]; rows of sequences that failed are zero.
+
+        Only the last row of each sequence counts, but where prompts are scored.
+        """
         if self._graphs is not None:
             replayed_TD = self._graphs.hidden_states(batch)
             if replayed_TD is not None:
@@ -232,7 +235,9 @@ class Engine:
 
         def forward(first: int, last: int) -> Tensor:
             x_TD = self._embed(batch, first, last, failures)
-            return self.model.forward(x_TD, self._caches, slice_layout(batch.layout, first, last))
+            layout = slice_layout(batch.layout, first, last)
+            wanted = None if batch.prompt_spans else last_rows(layout)
+            return self.model.forward(x_TD, self._caches, layout, wanted)
 
         def compute(first: int, last: int) -> Tensor:
             return self._together("forward", last - first, lambda: forward(first, last))

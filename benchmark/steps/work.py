@@ -9,6 +9,7 @@ from tessera.shard.layers.base import Layer
 from tessera.shard.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 
 PICTURE_PARTS = ("vision_tower.", "multi_modal_projector.")
+TAIL_PARTS = ("self_attn.o_proj", "mlp")  # of the last layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Sizes:
 
     itemsize: int  # bytes of a weight and of a value in the cache
     decoder_weights: int  # numbers that every token is multiplied with
+    tail_weights: int  # those behind the last layer's keys and values: for sampled rows alone
     head_weights: int  # those that every sampled row is multiplied with
     cached_per_token: int  # numbers a token leaves in the cache: keys and values of all layers
     attention_width: int  # head size times heads, summed over layers
@@ -62,9 +64,10 @@ class Sizes:
 
     def _text(self, tokens: int, sampled: int, cached: int, pairs: int) -> Work:
         """`pairs`: of a query and a key. `cached`: tokens whose keys and values are read."""
-        weights = self.decoder_weights + self.head_weights
+        weights = self.decoder_weights + self.tail_weights + self.head_weights
         numbers = weights + cached * self.cached_per_token
-        products = 2 * (self.decoder_weights * tokens + self.head_weights * sampled)
+        of_sampled = self.tail_weights + self.head_weights
+        products = 2 * (self.decoder_weights * tokens + of_sampled * sampled)
         return Work(self.itemsize * numbers, products + 4 * self.attention_width * pairs)
 
 
@@ -74,14 +77,15 @@ def sizes_of(model: Layer, config: Mapping[str, Any], itemsize: int, ranks: int)
     layers, heads = text["num_hidden_layers"], text["num_attention_heads"]
     head_size = text.get("head_dim") or text["hidden_size"] // heads
     kv_heads = max(1, (text.get("num_key_value_heads") or heads) // ranks)
-    weights = {"decoder": 0, "head": 0, "pictures": 0}
+    weights = {"decoder": 0, "tail": 0, "head": 0, "pictures": 0}
     for layer in model.layers():
-        weights[_part(layer)] += _num_multiplied(layer)
+        weights[_part(layer, layers - 1)] += _num_multiplied(layer)
     vision = config.get("vision_config")
     run = _tower_layers(config) if vision else 0
     return Sizes(
         itemsize=itemsize,
         decoder_weights=weights["decoder"],
+        tail_weights=weights["tail"],
         head_weights=weights["head"],
         cached_per_token=2 * layers * kv_heads * head_size,
         attention_width=layers * heads * head_size // ranks,
@@ -91,11 +95,14 @@ def sizes_of(model: Layer, config: Mapping[str, Any], itemsize: int, ranks: int)
     )
 
 
-def _part(layer: Layer) -> str:
+def _part(layer: Layer, last_layer: int) -> str:
     if isinstance(layer, VocabParallelHead):
         return "head"
     names = [source.name for each in layer.parameters.values() for source in each.sources]
-    return "pictures" if any(name.startswith(PICTURE_PARTS) for name in names) else "decoder"
+    if any(name.startswith(PICTURE_PARTS) for name in names):
+        return "pictures"
+    behind = any(f"layers.{last_layer}.{part}" in name for name in names for part in TAIL_PARTS)
+    return "tail" if behind else "decoder"
 
 
 def _num_multiplied(layer: Layer) -> int:

@@ -68,6 +68,14 @@ class StepLayout:
     context_lens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """The last new token of each sequence of a step, as a step of its own over the same cache."""
+
+    rows_S: Tensor  # int64, their rows among the step's tokens
+    layout: StepLayout
+
+
 class Linear(Protocol):
     """A matrix multiplication whose weight the backend has laid out for itself."""
 

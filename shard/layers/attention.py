@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tessera.proto.head_sharing import possible_ranks, shareable
-from tessera.shard.backends.base import Backend, LayerCache, StepLayout
+from tessera.shard.backends.base import Backend, LastRows, LayerCache, StepLayout
 from tessera.shard.errors import CheckpointError
 from tessera.shard.layers.base import Layer, Span
 from tessera.shard.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
@@ -82,10 +82,20 @@ class CausalSelfAttention(Layer):
         self.unused = (f"{name}.rotary_emb.inv_freq",)  # in files of transformers before 4.32
 
     def __call__(
-        self, x_TD: Tensor, cos_sin_LH: Tensor, cache: LayerCache, layout: StepLayout
+        self,
+        x_TD: Tensor,
+        cos_sin_LH: Tensor,
+        cache: LayerCache,
+        layout: StepLayout,
+        wanted: LastRows | None = None,
     ) -> Tensor:
-        """[T, D], equal on every rank; writes this step's keys and values to `cache`."""
+        """[T, D], equal on every rank; writes this step's keys and values to `cache`.
+
+        With `wanted`, [S, D]: of its rows alone.
+        """
         q_TNH = self._backend.rotate_and_store(self.qkv_proj(x_TD), cos_sin_LH, cache, layout)
+        if wanted is not None:
+            q_TNH, layout = q_TNH[wanted.rows_S], wanted.layout
         out_TNH = self._backend.attend(q_TNH, cache, layout, self._window)
         return self.o_proj(out_TNH.flatten(1))
 

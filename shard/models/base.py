@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tessera.shard.backends.base import Backend, LayerCache, StepLayout
+from tessera.shard.backends.base import Backend, LastRows, LayerCache, StepLayout
 from tessera.shard.layers.base import Layer
 from tessera.shard.parallel import Group
 from tessera.shard.quantization_names import Quantization
@@ -55,11 +55,21 @@ class Model(Protocol):
         """
         ...
 
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        caches: list[LayerCache],
+        layout: StepLayout,
+        wanted: LastRows | None = None,
+    ) -> Tensor:
         """The hidden states [T, D] after the last norm; writes the KV cache of this step.
 
         The memory of `x_TD` may be reused. With fewer caches than layers only the first layers run:
         enough to measure what a step takes.
+
+        Args:
+            wanted: if given, other rows of the result mean nothing, and the last layer need not
+                compute them: of those only keys and values are looked at again.
         """
         ...
 

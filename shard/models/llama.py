@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tessera.shard.backends.base import LayerCache, StepLayout
+from tessera.shard.backends.base import LastRows, LayerCache, StepLayout
 from tessera.shard.layers.attention import CausalSelfAttention
 from tessera.shard.layers.base import Layer
 from tessera.shard.layers.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -59,10 +59,13 @@ class DecoderLayer(Layer):
         cos_sin_LH: Tensor,
         cache: LayerCache,
         layout: StepLayout,
+        wanted: LastRows | None,
     ) -> tuple[Tensor, Tensor]:
-        """(what this layer adds, the residual stream before that)."""
+        """(what this layer adds, the residual stream before that), of `wanted` alone if given."""
         x_TD, residual_TD = self.input_norm(x_TD, residual_TD)
-        x_TD = self.attention(x_TD, cos_sin_LH, cache, layout)
+        x_TD = self.attention(x_TD, cos_sin_LH, cache, layout, wanted)
+        if wanted is not None:
+            residual_TD = residual_TD[wanted.rows_S]
         x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
 
@@ -108,12 +111,23 @@ class Llama(LoadableModel):
         """
         raise TypeError("this model has no vision tower")
 
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        caches: list[LayerCache],
+        layout: StepLayout,
+        wanted: LastRows | None = None,
+    ) -> Tensor:
         """See `Model.forward`."""
+        num_rows = x_TD.shape[0]
         residual_TD: Tensor | None = None
         for layer, cache in zip(self.decoder, caches, strict=False):
-            x_TD, residual_TD = layer(x_TD, residual_TD, self.cos_sin_LH, cache, layout)
-        return self.norm(x_TD, residual_TD)[0]
+            last = wanted if layer is self.decoder[-1] else None
+            x_TD, residual_TD = layer(x_TD, residual_TD, self.cos_sin_LH, cache, layout, last)
+        normed = self.norm(x_TD, residual_TD)[0]
+        if wanted is None or normed.shape[0] == num_rows:
+            return normed
+        return normed.new_zeros(num_rows, self.width).index_copy_(0, wanted.rows_S, normed)
 
     def logits(self, hidden_RD: Tensor) -> Tensor | None:
         """See `Model.logits`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.shard.backends.base import LayerCache, StepLayout
+from tessera.shard.backends.base import LastRows, LayerCache, StepLayout
 from tessera.shard.layers.activations import activation
 from tessera.shard.layers.base import Layer, share
 from tessera.shard.layers.linear import ColumnParallelLinear, Projection, RowParallelLinear
@@ -82,9 +82,15 @@ class Llava(LoadableModel):
         """The prompt embeddings [tokens, D] of one picture from its tiles' features."""
         return tiles_SQD[0]
 
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        caches: list[LayerCache],
+        layout: StepLayout,
+        wanted: LastRows | None = None,
+    ) -> Tensor:
         """See `Model.forward`."""
-        return self.text.forward(x_TD, caches, layout)
+        return self.text.forward(x_TD, caches, layout, wanted)
 
     def logits(self, hidden_RD: Tensor) -> Tensor | None:
         """See `Model.logits`."""

@@ -16,7 +16,8 @@ from benchmark.steps.worker import Result, measure
 
 TINY = Sizes(
     itemsize=2,
-    decoder_weights=1000,
+    decoder_weights=900,
+    tail_weights=100,
     head_weights=100,
     cached_per_token=20,
     attention_width=30,
@@ -30,6 +31,10 @@ def test_a_decode_step_reads_weights_and_contexts_once() -> None:
     work = TINY.decode(3, 50)
     assert work.num_bytes == 2 * (1000 + 100 + 150 * 20)
     assert work.num_flops == 3 * 2 * (1000 + 100) + 4 * 30 * 150
+
+
+def test_the_end_of_the_last_layer_is_for_sampled_rows_alone() -> None:
+    assert TINY.prefill(2, 5).num_flops == 2 * (10 * 900 + 2 * (100 + 100)) + 4 * 30 * 2 * 15
 
 
 def test_a_prompt_of_one_token_is_a_decode_step() -> None:

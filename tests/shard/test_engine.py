@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.backends import load_backend
-from tessera.shard.backends.base import LayerCache, StepLayout
+from tessera.shard.backends.base import LastRows, LayerCache, StepLayout
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
@@ -51,7 +51,13 @@ class TableModel:
         # Feature k of a picture looks like the token with the value of the first pixel plus k.
         return [self.embed(torch.arange(6) + int(image.tiles[0, 0, 0, 0])) for image in images]
 
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        caches: list[LayerCache],
+        layout: StepLayout,
+        wanted: LastRows | None = None,
+    ) -> Tensor:
         self.layouts.append(layout)
         if x_TD.shape[0] > self.room:
             raise torch.OutOfMemoryError("no room")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.backends import load_backend
-from tessera.shard.backends.base import LayerCache, StepLayout
+from tessera.shard.backends.base import LastRows, LayerCache, StepLayout
 from tessera.shard.engine import Engine
 from tessera.shard.errors import GroupLost, PartFailed
 from tessera.shard.models.base import ImageTiles, Placement
@@ -32,7 +32,13 @@ class SharedTable(TableModel):
         self.group.all_reduce(torch.ones(len(images), 2))
         return super().encode_images(images)
 
-    def forward(self, x_TD: Tensor, caches: list[LayerCache], layout: StepLayout) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        caches: list[LayerCache],
+        layout: StepLayout,
+        wanted: LastRows | None = None,
+    ) -> Tensor:
         wrong_T1 = torch.zeros(x_TD.shape[0], 1)
         for number in range(NUM_EXCHANGES):
             if number == self.fails_before:

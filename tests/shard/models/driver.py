@@ -13,6 +13,7 @@ from torch import Tensor
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import Backend, CacheShape, StepLayout
 from tessera.shard.backends.xpu import XpuBackend
+from tessera.shard.batch import last_rows
 from tessera.shard.models import load_model
 from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
@@ -75,14 +76,20 @@ class Runner:
         """Give the blocks back."""
         self._free.extend(sequence.blocks)
 
-    def step(self, work: Sequence[tuple[LiveSequence, int]]) -> list[Tensor]:
-        """Compute the next tokens of each sequence; hidden states [tokens, D] of each."""
+    def step(
+        self, work: Sequence[tuple[LiveSequence, int]], last_only: bool = False
+    ) -> list[Tensor]:
+        """Compute the next tokens of each sequence; hidden states [tokens, D] of each.
+
+        With `last_only`, of each the last one, and anything in the places of the others.
+        """
         ids = [s.ids[s.length : s.length + count] for s, count in work]
         layout = self._layout(work)
         x_TD = self.model.embed(self._tensor([i for part in ids for i in part], torch.int64))
         for (sequence, count), first in zip(work, layout.query_start, strict=False):
             self._splice(x_TD[first : first + count], sequence, count)
-        hidden_TD = self.model.forward(x_TD, self.caches, layout)
+        wanted = last_rows(layout) if last_only else None
+        hidden_TD = self.model.forward(x_TD, self.caches, layout, wanted)
         for sequence, count in work:
             sequence.length += count
         return list(torch.split(hidden_TD, [count for _, count in work]))
@@ -156,7 +163,7 @@ class Runner:
             if waiting:
                 running.append(self.start(waiting.pop(0), room=count))
             work = [(s, len(s.ids) - s.length) for s in running]
-            last_RD = torch.stack([hidden[-1] for hidden in self.step(work)])
+            last_RD = torch.stack([hidden[-1] for hidden in self.step(work, last_only=True)])
             for sequence, token in zip(running, self._argmax(last_RD), strict=True):
                 sequence.ids.append(token)
             done += [s for s in running if len(s.ids) == len(s.prompt.ids) + count]

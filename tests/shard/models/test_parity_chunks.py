@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.shard.models.cases import ATOL, BACKENDS, image_case, text_case, three_images
-from tests.shard.models.driver import Runner
+from tests.shard.models.driver import Prompt, Runner
 from tests.shard.models.oracle import Oracle
 
 Oracles = Callable[[str], Oracle]
@@ -25,6 +25,27 @@ def test_image_prompt_cut_anywhere(
     for first in range(1, chunk + 1):
         ours = runner(kind, backend).logits(case.prompt, chunk, first)
         torch.testing.assert_close(ours, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["next-mistral", "mistral"])
+def test_the_last_rows_alone_are_those_of_all(kind: str, backend: str, runner: Runners) -> None:
+    """Two prompts, one cut into chunks, beside a sequence of which there is one new token."""
+    ours = runner(kind, backend)
+    prompts = [Prompt([5 + n % 90 for n in range(length)]) for length in (40, 33, 20)]
+    hidden: list[list[torch.Tensor]] = []
+    for last_only in (False, True):
+        sequences = [ours.start(prompt) for prompt in prompts]
+        steps = [[40, 7, 19], [0, 26, 1]]
+        hidden.append([])
+        for counts in steps:
+            work = [pair for pair in zip(sequences, counts, strict=True) if pair[1]]
+            with torch.inference_mode():
+                hidden[-1] += [rows[-1].cpu() for rows in ours.step(work, last_only)]
+        for sequence in sequences:
+            ours.end(sequence)
+    torch.testing.assert_close(hidden[1], hidden[0], atol=ATOL, rtol=0)
+    assert all(row.abs().max() > 0 for row in hidden[0])
 
 
 def test_three_images_cut_anywhere(oracle: Oracles, runner: Runners) -> None:
