@@ -202,6 +202,7 @@ class Engine:
                 launched.failures,
                 self.placement.backend.draw,
                 self._chosen_R,
+                self.placement.backend.survey,
             )
         for row, sequence in enumerate(batch.sampled):
             launched.places.append(len(sequence.token_ids))

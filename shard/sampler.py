@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.proto.shard_pb2 import SamplingParams
 from tessera.shard.gumbel import draw, key_of
+from tessera.shard.survey import Survey, survey
 from tessera.shard.unread_tokens import resolved
 from tessera.shard.upload import upload, upload_together
 
@@ -105,6 +106,7 @@ def choose(
     rows: Sequence[SampleRow],
     draw: Draw = draw,
     chosen_R: Tensor | None = None,
+    survey: Survey = survey,
 ) -> Choice:
     """Choose one token per row. Waits for nothing.
 
@@ -117,13 +119,17 @@ def choose(
         rows: as many as the logits have. Values are in the ranges of SamplingParams.
         chosen_R: what the placeholders among the rows' token ids stand for (`unread_tokens`).
     """
+    largest_R, log_sums_R, finite_R = survey(logits_RV)
     scores_RV = _masked(_with_penalties(logits_RV, rows, chosen_R), rows)
-    ids_R = scores_RV.argmax(dim=-1)
+    ids_R = largest_R if scores_RV is logits_RV else scores_RV.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         part_RV, put_back = _part(scores_RV, drawn)
         ids_R = put_back(ids_R, _draw(part_RV, [rows[index] for index in drawn], draw))
-    return _choice(logits_RV, ids_R, rows)
+    counts = tuple(row.params.top_n_tokens for row in rows)
+    logprobs_R = logits_RV.gather(1, ids_R[:, None])[:, 0] - log_sums_R
+    top_RM = _likeliest(logits_RV, log_sums_R, max(counts, default=0))
+    return Choice(ids_R, logprobs_R, finite_R, top_RM, counts)
 
 
 def likeliest(logprobs_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
@@ -138,22 +144,13 @@ def likeliest(logprobs_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
     ]
 
 
-def _choice(logits_RV: Tensor, ids_R: Tensor, rows: Sequence[SampleRow]) -> Choice:
-    logprobs_RV = logits_RV.log_softmax(dim=-1)
-    counts = tuple(row.params.top_n_tokens for row in rows)
-    most = min(max(counts, default=0), logits_RV.shape[-1])
-    top_RM: tuple[Tensor, Tensor] | None = None
-    if most:
-        values_RM, top_ids_RM = logprobs_RV.topk(most, dim=-1)
-        top_RM = (top_ids_RM, values_RM)
-    return Choice(
-        ids_R,
-        logprobs_RV.gather(1, ids_R[:, None])[:, 0],
-        # A sum is finite only if all its terms are, and forty times faster than looking at each.
-        logits_RV.sum(dim=-1).isfinite(),
-        top_RM,
-        counts,
-    )
+def _likeliest(logits_RV: Tensor, log_sums_R: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """Ids and logprobs of each row's `count` most likely tokens, or None of none."""
+    count = min(count, logits_RV.shape[-1])
+    if not count:
+        return None
+    values_RM, ids_RM = logits_RV.topk(count, dim=-1)
+    return ids_RM, values_RM - log_sums_R[:, None]
 
 
 def _part(

@@ -11,6 +11,7 @@ from tessera.shard.gumbel import draw
 from tessera.shard.resilience import in_halves, one_by_one
 from tessera.shard.sampler import Choice, Draw, Sampled, SampleRow, choose
 from tessera.shard.sequence import SequenceState
+from tessera.shard.survey import Survey, survey
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def choose_tokens(
     failures: dict[int, str],
     draw: Draw = draw,
     chosen_R: Tensor | None = None,
+    survey: Survey = survey,
 ) -> ChosenTokens:
     """A token for each sequence; those for which none can be chosen are added to `failures`.
 
@@ -61,7 +63,7 @@ def choose_tokens(
     rows = [_sample_row(s, masks.get(s.sequence_id, b"")) for s in sequences]
 
     def choose_part(first: int, last: int) -> Choice:
-        return choose(logits_RV[first:last], rows[first:last], draw, chosen_R)
+        return choose(logits_RV[first:last], rows[first:last], draw, chosen_R, survey)
 
     try:
         return ChosenTokens(sequences, in_halves(choose_part, 0, len(rows)))

@@ -169,6 +169,10 @@ class Backend(Protocol):
         """
         ...
 
+    def survey(self, logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of float32 rows, see `survey.survey`. Waits for nothing."""
+        ...
+
     def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
         """Token ids [R] drawn from softmax(scores), see `gumbel.draw`. Waits for nothing."""
         ...

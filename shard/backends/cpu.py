@@ -78,6 +78,7 @@ class CpuBackend(ReferenceBackend):
         self._weights = HugePages()
         self._add_rms_norm = kernels.add_rms_norm.default
         self._silu_mul = kernels.silu_mul.default
+        self._survey = kernels.survey.default
         self._rotate_and_store = kernels.rotate_and_store.default
         self._attend = kernels.attend.default
         self._attend_dense = kernels.attend_dense.default
@@ -127,6 +128,11 @@ class CpuBackend(ReferenceBackend):
         """See `Backend.silu_mul`. Rounded once, where the reference rounds twice."""
         out: Tensor = self._silu_mul(gate_up_TF, self._variant)
         return out
+
+    def survey(self, logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.survey`."""
+        ids_R, log_sums_R, finite_R = self._survey(logits_RV, self._variant)
+        return ids_R, log_sums_R, finite_R
 
     def rotate_and_store(
         self, qkv_TF: Tensor, cos_sin_LH: Tensor, cache: LayerCache, layout: StepLayout

@@ -21,6 +21,7 @@ from tessera.shard.backends.host_memory import (
 )
 from tessera.shard.gumbel import draw
 from tessera.shard.quantized import QuantizedWeight
+from tessera.shard.survey import survey
 
 
 def available() -> bool:
@@ -118,6 +119,10 @@ class ReferenceBackend:
         """See `Backend.attend_dense`."""
         q, k, v = (x.transpose(1, 2) for x in (q_SQNH, k_SQNH, v_SQNH))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def survey(self, logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend.survey`."""
+        return survey(logits_RV)
 
     def draw(self, scores_RV: Tensor, keys_R: Tensor) -> Tensor:
         """See `Backend.draw`."""

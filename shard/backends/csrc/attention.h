@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t KEYS = 64;
 static_assert(SEGMENT % KEYS == 0 && KEYS % PAIRED_KEYS == 0);
 const float ZEROS[MAX_HEAD_SIZE] = {};  // the value of a key that is not taken
-constexpr float LOWEST = -3.402823466e38f;  // a maximum below every score
 
 // What T is multiplied as.
 template <typename T>

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "quantized.h"
+#include "survey.h"
 #include "vector.h"
 
 #define TESSERA_JOIN(a, b) a##b
@@ -67,6 +68,7 @@ const Kernels* TESSERA_NAME(TESSERA_ISA)() {
   static constexpr Kernels kernels{scratch_floats,         merge,
                                    multiply_quantized<4>,  multiply_quantized<8>,
                                    MULTIPLY_PAIRED,        PACK_PAIRED,
+                                   survey,
                                    typed_kernels<float>(), typed_kernels<bf16>()};
   return &kernels;
 }

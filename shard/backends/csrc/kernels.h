@@ -129,6 +129,14 @@ struct TypedKernels {
   void (*quantize_row)(const T* x, int64_t width, int8_t* codes, float* scales, float* sums);
 };
 
+// Of a row of scores.
+struct RowSurvey {
+  float max;
+  int64_t index;        // of its first occurrence
+  float sum;            // of all: finite only if they are
+  float sum_of_powers;  // of e^(score - max)
+};
+
 struct Kernels {
   int64_t (*scratch_floats)(int64_t rows, int64_t head_size);  // for attend_segment
   // Adds `from` to `to`: the softmax over the keys of both.
@@ -145,6 +153,7 @@ struct Kernels {
   // A block of such a weight from so many of its rows; null likewise.
   using PackPaired = void (*)(const bf16* rows, int64_t width, int64_t count, bf16* block);
   PackPaired pack_paired;
+  void (*survey)(const float* scores, int64_t count, RowSurvey* out);
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
 };

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <tuple>
 
 #include "attend.h"
 #include "cache.h"
@@ -180,6 +181,27 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, int64_t v
   return out_SQNH;
 }
 
+// Of each row of logits [R, V]: the first place of the largest, the logarithm of the sum of e^logit,
+// and whether all are finite.
+std::tuple<Tensor, Tensor, Tensor> survey(const Tensor& logits, int64_t variant) {
+  Tensor logits_RV = logits.contiguous();
+  check_rows(logits_RV, "logits", at::kFloat);
+  TORCH_CHECK(logits_RV.dim() == 2 && logits_RV.size(1) > 0, "logits must be [R, V]");
+  const int64_t rows = logits_RV.size(0), width = logits_RV.size(1);
+  Tensor ids_R = at::empty({rows}, logits_RV.options().dtype(at::kLong));
+  Tensor log_sums_R = at::empty({rows}, logits_RV.options());
+  Tensor finite_R = at::empty({rows}, logits_RV.options().dtype(at::kBool));
+  const auto look = kernels_of(variant).survey;
+  for_rows(rows, width, [&](int64_t row) {
+    RowSurvey found;
+    look(data<float>(logits_RV) + row * width, width, &found);
+    data<int64_t>(ids_R)[row] = found.index;
+    data<float>(log_sums_R)[row] = found.max + std::log(found.sum_of_powers);
+    data<bool>(finite_R)[row] = std::isfinite(found.sum);
+  });
+  return {ids_R, log_sums_R, finite_R};
+}
+
 // Whether a cache of bfloat16 may be in pairs.
 bool pairs_work(int64_t variant) { return kernels_of(variant).multiply_paired; }
 
@@ -248,6 +270,7 @@ TORCH_LIBRARY(tessera_cpu, library) {
   library.def(
       "quantized_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int bits,"
       " int variant) -> Tensor");
+  library.def("survey(Tensor logits, int variant) -> (Tensor, Tensor, Tensor)");
   library.def("attend_dense(Tensor q, Tensor k, Tensor v, int variant) -> Tensor");
 }
 
@@ -256,6 +279,7 @@ TORCH_LIBRARY_IMPL(tessera_cpu, CPU, library) {
   library.impl("silu_mul", &silu_mul);
   library.impl("rotate_and_store", &rotate_and_store);
   library.impl("attend", &attend_paged);
+  library.impl("survey", &survey);
   library.impl("attend_dense", &attend_dense);
   library.impl("quantized_linear", &quantized_linear);
 }

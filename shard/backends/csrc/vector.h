@@ -28,6 +28,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
+constexpr float LOWEST = -3.402823466e38f;  // a maximum below every number
+
 template <typename To, typename From>
 inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));

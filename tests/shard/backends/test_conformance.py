@@ -73,6 +73,19 @@ def kernels(request: pytest.FixtureRequest) -> CpuBackend:
     return CpuBackend(CPU, request.param)
 
 
+@pytest.mark.parametrize("width", [1, 15, 16, 1000, 32003])
+def test_survey_of_logits(backend: Backend, width: int) -> None:
+    logits_RV = torch.randn(9, width, generator=torch.Generator().manual_seed(width)) * 8
+    logits_RV = logits_RV.to(torch.bfloat16).float()  # so that several are the largest
+    ids_R, log_sums_R, finite_R = backend.survey(logits_RV)
+    assert ids_R.tolist() == [row.index(max(row)) for row in logits_RV.tolist()]
+    torch.testing.assert_close(log_sums_R, logits_RV.double().logsumexp(-1).float())
+    assert finite_R.all()
+    for row, wrong in enumerate((NAN, float("inf"), -float("inf"))):
+        logits_RV[row, width // 2] = wrong
+    assert backend.survey(logits_RV)[2].tolist() == [False] * 3 + [True] * 6
+
+
 def test_the_kernels_are_built_where_the_tests_run() -> None:
     if not built_variants():
         pytest.skip("CPU kernels are not built: python -m tessera.shard.backends.build")
