@@ -9,20 +9,27 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 from tessera.launcher.errors import LaunchError
 from tessera.shard import settings as shard_settings
 
 BACKENDS = Path(shard_settings.__file__).parent / "backends"
-"""One file for each kind of device, named after it."""
+"""One file for each kind of device, named after it, beside those that several kinds may have."""
+
+AUTO = "auto"
+SHARED_BACKENDS = frozenset({"ipex", "reference"})  # they compute on several kinds of devices
 
 INTEL_VENDOR = "0x8086"
+LIST_GPUS = ("nvidia-smi", "-L")
 COMMAND_TIMEOUT_S = 20  # nvidia-smi takes seconds when no persistence daemon runs
 MIG = re.compile(r"UUID: (MIG-[^)]+)\)")
-GPU = re.compile(r"^GPU \d+: .*UUID: (GPU-[^)]+)\)")
+GPU = re.compile(r"^GPU \d+: .*UUID: (GPU-[^)]+)\)", re.MULTILINE)
 
 XPU_SMI = re.compile(r"^\|?\s*(\d+)\s*\|\s*Device Name:", re.MULTILINE)
+
+FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)  # of a module, in Python
 
 
 def run_command(argv: Sequence[str]) -> str:
@@ -78,12 +85,11 @@ def find_devices(wanted: str, machine: Machine) -> Devices:
             compute on such a device.
     """
     cores = usable_cores(machine)
+    check_device(wanted)
     kind, _, index = wanted.partition(":")
-    if kind == "auto":
+    if kind == AUTO:
         return _first_usable(machine, cores)
     if kind not in ACCELERATORS:
-        if not (BACKENDS / f"{kind}.py").is_file():
-            raise LaunchError(f"DEVICE={wanted} is not known; use auto, cuda, xpu or cpu.")
         return Devices(kind, 1, cores)
     ids = ACCELERATORS[kind](machine)
     if not ids:
@@ -94,6 +100,41 @@ def find_devices(wanted: str, machine: Machine) -> Devices:
     if index:
         return Devices(kind, 1, cores)
     return Devices(kind, len(ids), cores, tuple(ids) if kind == "cuda" else ())
+
+
+def check_device(wanted: str) -> None:
+    """Refuse what is no kind of device.
+
+    Raises:
+        LaunchError: with the kinds there are.
+    """
+    kinds = [name for name in backend_names() if name not in SHARED_BACKENDS]
+    kind, colon, index = wanted.partition(":")
+    if wanted != AUTO and (kind not in kinds or (colon and not index.isdecimal())):
+        raise LaunchError(
+            f"DEVICE={wanted} is not known; use auto or one of {', '.join(kinds)}, with an index "
+            "(cuda:1) or without."
+        )
+
+
+def check_backend(wanted: str) -> None:
+    """Refuse what is no file that computes.
+
+    Raises:
+        LaunchError: with the files there are.
+    """
+    names = backend_names()
+    if wanted != AUTO and wanted not in names:
+        raise LaunchError(f"BACKEND={wanted} is not known; use auto or one of {', '.join(names)}.")
+
+
+def backend_names() -> list[str]:
+    """The files that offer what a backend must, found without importing them: that needs torch."""
+    return sorted(
+        path.stem
+        for path in BACKENDS.glob("*.py")
+        if {"available", "create"} <= set(FUNCTION.findall(_read(path)))
+    )
 
 
 def _first_usable(machine: Machine, cores: int) -> Devices:
@@ -131,20 +172,31 @@ def installed_version(package: str) -> str:
 def cuda_devices(machine: Machine) -> list[str]:
     """The CUDA devices in reach, as entries of CUDA_VISIBLE_DEVICES.
 
-    CUDA_VISIBLE_DEVICES decides where it is set, then NVIDIA_VISIBLE_DEVICES (the container
-    runtime's), then what `nvidia-smi` lists.
+    CUDA_VISIBLE_DEVICES decides where it is set, up to its first number of no GPU, then
+    NVIDIA_VISIBLE_DEVICES (the container runtime's), then what `nvidia-smi` lists.
     """
     visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return _entries(visible)
+        return _existing(_entries(visible), machine.run(LIST_GPUS))
     allowed = machine.environ.get("NVIDIA_VISIBLE_DEVICES", "all")
     if allowed in ("void", "none"):
         return []
-    listed = nvidia_smi_devices(machine.run(["nvidia-smi", "-L"]))
+    listed = nvidia_smi_devices(machine.run(LIST_GPUS))
     if allowed in ("", "all") or not listed:
         return listed
     # The runtime renumbers what it lets in, so only the number of entries means something here.
     return listed[: len(_entries(allowed))]
+
+
+def _existing(entries: list[str], listing: str) -> list[str]:
+    """The entries before the first one that numbers a GPU which is not there, as CUDA reads them.
+
+    Without a listing nobody can tell.
+    """
+    gpus = len(GPU.findall(listing))
+    if not gpus:
+        return entries
+    return list(takewhile(lambda entry: not entry.isdecimal() or int(entry) < gpus, entries))
 
 
 def nvidia_smi_devices(listing: str) -> list[str]:
@@ -152,8 +204,7 @@ def nvidia_smi_devices(listing: str) -> list[str]:
     slices = MIG.findall(listing)
     if slices:
         return slices
-    gpus = [line for line in listing.splitlines() if GPU.match(line)]
-    return [str(index) for index in range(len(gpus))]
+    return [str(index) for index in range(len(GPU.findall(listing)))]
 
 
 def xpu_devices(machine: Machine) -> list[str]:

@@ -43,6 +43,7 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"
 # A second copy of the weights in another layout, and whatever lies in subfolders.
 UNWANTED = ("consolidated*.safetensors", "*/*")
 TRIES = 5
+ANSWER_S = 5.0  # for the hub, where somebody waits at a terminal
 PROGRESS_S = 5.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -103,7 +104,7 @@ def fetch(wish: Wish, pause: Callable[[float], None] = time.sleep) -> Path:
         except Exception as error:  # the hub's library lets those of its HTTP library through
             reason = _final_reason(error, wish)
             if reason or attempt == TRIES:
-                raise LaunchError(reason or _given_up(error, wish)) from None
+                raise LaunchError(reason or _given_up(error, wish, TRIES)) from None
             seconds = 2.0 ** (attempt - 1)
             logger.warning(
                 "try %d of %d failed (%s); again in %g s", attempt, TRIES, _brief(error), seconds
@@ -112,21 +113,55 @@ def fetch(wish: Wish, pause: Callable[[float], None] = time.sleep) -> Path:
     raise AssertionError("the last try returns or raises")
 
 
+def fetch_small(wish: Wish, names: Sequence[str]) -> Path:
+    """A folder with those of `names` that the model has. The hub is asked once.
+
+    If it does not answer at once, the cache must do.
+
+    Raises:
+        LaunchError: as `fetch`.
+    """
+    refusal: Exception | None = None
+    try:
+        HfApi(endpoint=wish.endpoint, token=wish.token).model_info(
+            wish.model_id, revision=wish.revision, timeout=ANSWER_S
+        )
+    except Exception as error:
+        refusal = error
+    try:
+        return _snapshot(wish, names, local_files_only=refusal is not None)
+    except Exception as error:
+        why = _final_reason(refusal, wish) if refusal else ""
+        raise LaunchError(why or _final_reason(error, wish) or _given_up(error, wish, 1)) from None
+
+
 def _fetch_once(wish: Wish) -> Path:
     listing = _list_files(wish)
     if listing is not None:
         _check_listing(listing, wish)
     with _progress(listing, wish.model_id):
-        folder = snapshot_download(
-            wish.model_id,
-            revision=wish.revision,
-            cache_dir=wish.cache_dir,
-            endpoint=wish.endpoint,
-            token=wish.token,
-            allow_patterns=list(WANTED),
-            ignore_patterns=list(UNWANTED),
-        )
-    return check_model(Path(folder))
+        folder = _snapshot(wish, WANTED, UNWANTED)
+    return check_model(folder)
+
+
+def _snapshot(
+    wish: Wish,
+    wanted: Sequence[str],
+    unwanted: Sequence[str] = (),
+    *,
+    local_files_only: bool = False,
+) -> Path:
+    folder = snapshot_download(
+        wish.model_id,
+        revision=wish.revision,
+        cache_dir=wish.cache_dir,
+        endpoint=wish.endpoint,
+        token=wish.token,
+        allow_patterns=list(wanted),
+        ignore_patterns=list(unwanted),
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
 
 
 def _list_files(wish: Wish) -> Listing | None:
@@ -203,7 +238,8 @@ def _final_reason(error: Exception, wish: Wish) -> str:
         return f"{hub} refuses {name} to this token; set HF_TOKEN to one that may read it."
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return (
-            f"{name} is not completely in {wish.cache_dir} and HF_HUB_OFFLINE forbids to fetch it."
+            f"{name} is not completely in {wish.cache_dir} and HF_HUB_OFFLINE forbids to fetch it; "
+            "unset that, or set MODEL_ID to a local folder."
         )
     return _disk_reason(error, wish)
 
@@ -228,14 +264,15 @@ def _disk_full(wish: Wish, state: str) -> str:
     )
 
 
-def _given_up(error: Exception, wish: Wish) -> str:
+def _given_up(error: Exception, wish: Wish, tries: int) -> str:
     hub = wish.endpoint or constants.ENDPOINT
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"cannot reach {hub}, and {wish.model_id} is not completely in {wish.cache_dir}; check "
             "the network, or set MODEL_ID to a local folder."
         )
-    return f"the download of {wish.model_id} from {hub} failed {TRIES} times: {_brief(error)}."
+    often = f"{tries} times" if tries > 1 else "once"
+    return f"the download of {wish.model_id} from {hub} failed {often}: {_brief(error)}."
 
 
 def _brief(error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tessera.launcher.devices import Devices, Machine, find_devices
+from tessera.launcher.devices import Devices, Machine, check_backend, find_devices
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.http_socket import open_http_socket, url_of
 from tessera.launcher.model_folder import check_heads, local_folder
@@ -95,6 +95,7 @@ class Server:
         settings = self.settings
         # What can be refused without the model is refused before it is downloaded.
         devices = find_devices(settings.shard.device, machine)
+        check_backend(settings.shard.backend)
         world_size = count_shards(settings, devices)
         prefix = socket_prefix(settings.router.shard_uds_path, self.folder, world_size)
         clear_stale_sockets(prefix, world_size)

@@ -20,7 +20,7 @@ from tessera.proto.logs import FLUSH_S, configure_logging, escaped
 
 logger = logging.getLogger("tessera.launcher")
 
-PLAN = "--plan"
+PLAN, VERSION = "--plan", "--version"
 STDERR = 2
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None, planner: Planner = plan_process
     """Serve until told to stop.
 
     Args:
-        arguments: flags; those of this process if left out.
+        arguments: flags; those of this process if left out. `--plan` and `--version` only print.
         planner: as in `launch`.
 
     Returns:
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None, planner: Planner = plan_process
     die_with_parent(death=signal.SIGTERM)
     environ = process_environment()
     arguments = sys.argv[1:] if arguments is None else arguments
+    if VERSION in arguments:
+        print(f"tessera {installed_version('tessera')}")
+        return 0
     try:
         if PLAN in arguments:
             return _plan([word for word in arguments if word != PLAN], environ)

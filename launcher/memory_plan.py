@@ -6,17 +6,19 @@ shards' kind, which builds the layers without their weights; this one has no tor
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from tessera.launcher.capacity import Load, Plan, as_json, as_text, plan
-from tessera.launcher.devices import Machine, find_devices
+from tessera.launcher.devices import AUTO, Machine, check_backend, check_device, find_devices
+from tessera.launcher.download import Wish, fetch_small
 from tessera.launcher.errors import LaunchError
 from tessera.launcher.model_folder import DEMO_FOLDER, DEMO_NAME, PATH_STARTS, head_counts
 from tessera.launcher.plan import HUB_SECRETS
@@ -25,7 +27,7 @@ from tessera.proto.env import byte_size
 from tessera.proto.head_sharing import shareable
 
 CONFIG = "config.json"
-OTHER_CONFIGS = ("preprocessor_config.json", "quantize_config.json", "quant_config.json")
+CONFIGS = (CONFIG, "preprocessor_config.json", "quantize_config.json", "quant_config.json")
 RANKS = (1, 2, 4, 8)
 DEFAULT_HEADS = 32  # of a configuration that leaves them out
 FOOTPRINT_TIMEOUT_S = 300
@@ -55,6 +57,8 @@ def print_plan(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     told, others = parser.parse_known_args(arguments)
     settings = Settings.read(others, environ)
+    disable_progress_bars()  # only the plan is printed, or what is in its way
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     facts, plans = report_on(settings, _memory(told.memory))
     print(json.dumps(as_json(facts, plans), indent=1) if told.json else as_text(facts, plans))
     return 0 if any(each.fits is not False for each in plans) else NOT_ENOUGH
@@ -70,9 +74,11 @@ def report_on(settings: Settings, memory: int | None) -> tuple[dict[str, Any], l
         LaunchError: the model cannot be described.
     """
     router, shard = settings.router, settings.shard
+    check_device(shard.device)
+    check_backend(shard.backend)
     kind = shard.device.partition(":")[0]
-    if kind == "auto":
-        kind = find_devices("auto", Machine.here(settings.environ)).kind
+    if kind == AUTO:
+        kind = find_devices(AUTO, Machine.here(settings.environ)).kind
     folder = config_folder(settings)
     ranks = [router.num_shard] if router.num_shard else possible_ranks(folder)
     footprints = describe(folder, kind, settings, ranks)
@@ -117,27 +123,11 @@ def config_folder(settings: Settings) -> Path:
     local = told.weights_cache_override or model_id or str(DEMO_FOLDER)
     if local.startswith(PATH_STARTS) or Path(local).is_dir():
         folder = Path(local).expanduser()
-        if not (folder / CONFIG).is_file():
-            raise LaunchError(f"{local} has no {CONFIG}: it is no model's folder.")
-        return folder
-    environ = settings.environ
-    where: dict[str, Any] = {
-        "revision": told.revision or None,
-        "cache_dir": told.huggingface_hub_cache or None,
-        "endpoint": environ.get("HF_ENDPOINT") or None,
-        "token": next((text for name in HUB_SECRETS if (text := environ.get(name))), None),
-    }
-    try:
-        path = hf_hub_download(model_id, CONFIG, **where)
-        for name in OTHER_CONFIGS:
-            _fetch_if_there(model_id, name, where)
-    except Exception as error:  # the hub's library lets those of its HTTP library through
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LaunchError(
-            f"the configuration of {model_id} cannot be fetched: {lines[0].rstrip('.')}; check "
-            f"MODEL_ID, HF_TOKEN and the network, or name a folder with its {CONFIG}."
-        ) from None
-    return Path(path).parent
+    else:
+        folder = fetch_small(_wish(settings), CONFIGS)
+    if not (folder / CONFIG).is_file():
+        raise LaunchError(f"{local} has no {CONFIG}: it is no model's folder.")
+    return folder
 
 
 def possible_ranks(folder: Path) -> list[int]:
@@ -177,8 +167,12 @@ def _memory(text: str | None) -> int | None:
         raise LaunchError(f"--memory={text!r} {error}.") from None
 
 
-def _fetch_if_there(model_id: str, name: str, where: Mapping[str, Any]) -> None:
-    try:
-        hf_hub_download(model_id, name, **where)
-    except EntryNotFoundError:
-        return
+def _wish(settings: Settings) -> Wish:
+    told, environ = settings.launcher, settings.environ
+    return Wish(
+        settings.router.model_id,
+        told.revision or None,
+        Path(told.huggingface_hub_cache or constants.HF_HUB_CACHE).expanduser(),
+        endpoint=environ.get("HF_ENDPOINT") or None,
+        token=next((text for name in HUB_SECRETS if (text := environ.get(name))), None),
+    )

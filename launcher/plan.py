@@ -101,6 +101,11 @@ def count_shards(settings: Settings, devices: Devices) -> int:
             )
     if sharded and num_shard == 1:
         raise LaunchError("SHARDED=true and NUM_SHARD=1 contradict; drop one of them.")
+    if num_shard > 1 and ":" in settings.shard.device and devices.kind != "cpu":
+        raise LaunchError(
+            f"NUM_SHARD={num_shard} but DEVICE={settings.shard.device} is one device; lower it or "
+            f"set DEVICE={devices.kind}."
+        )
     if devices.kind != "cpu" and num_shard > available:
         raise LaunchError(
             f"NUM_SHARD={num_shard} but there are {available} {devices.kind} device(s); lower it "

@@ -30,7 +30,8 @@ from tessera.shard.settings import ShardSettings
 PROGRAM = "tessera-launcher"
 DESCRIPTION = (
     "Serve a language or vision-language model over HTTP, split over one or more shards. With "
-    "--plan [--memory SIZE] [--json]: only say what memory that takes, without loading weights."
+    "--plan [--memory SIZE] [--json]: only say what memory that takes, without loading weights. "
+    "With --version: only say which version this is."
 )
 DEFAULT_HOSTNAME = "0.0.0.0"
 
@@ -59,6 +60,11 @@ ABSENT = {
     "NGROK": "there is no tunnel",
     "NGROK_AUTHTOKEN": "there is no tunnel",
     "NGROK_EDGE": "there is no tunnel",
+}
+
+PLAN_FLAGS = {
+    "MEMORY": "it goes with --plan, which says what fits in so much memory",
+    "JSON": "it goes with --plan; for the log as JSON there is --json-output",
 }
 
 
@@ -115,7 +121,7 @@ class Settings:
             *(PROGRAM, DESCRIPTION, CLASSES, arguments),
             internal=False,
             ignored=IGNORED,
-            absent=ABSENT,
+            absent=ABSENT | PLAN_FLAGS,
         )
         merged = dict(environ)
         if path := flags.get("ENV_FILE") or environ.get("ENV_FILE"):

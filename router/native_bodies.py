@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tessera.router.schemas import MAX_ENTRIES, Body, ChatBody, Count, Entries, Seed
+from tessera.router.schemas import MAX_ENTRIES, Body, ChatBody, Count, Entries, MaxTokens, Seed
 
 
 def _about(text: str, **more: Any) -> Any:
@@ -40,7 +40,7 @@ class GenerateParameters(Body):
     do_sample: bool | None = _about(
         "Whether to sample; without it, and without any of the above, the likeliest token is taken."
     )
-    max_new_tokens: Count | None = _about("Most tokens to generate; all that fit by default.")
+    max_new_tokens: MaxTokens | None = _about("Most tokens to generate; all that fit by default.")
     return_full_text: bool | None = _about("Put the prompt before the generated text.")
     stop: Entries[str] | None = _about(
         "Strings at which to stop, also in the middle of a token; the text ends with the string."
@@ -57,7 +57,7 @@ class GenerateParameters(Body):
     top_n_tokens: Count | None = _about("Report so many of the likeliest tokens at each place.")
     grammar: GrammarSpec | None = _about("What the answer must look like.")
     adapter_id: str | None = _about("Only null: no adapters are loaded.")
-    priority: int | None = _about("From -100 to 100; higher goes first.")
+    priority: int | None = _about("From -100 to 100, or to MAX_PRIORITY; higher goes first.")
     cache_salt: str | None = _about("Only requests with the same one share cached prompts.")
     cache_prompt: bool | None = _about("False: take no cached prompt and leave none.")
 

@@ -25,7 +25,7 @@ MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_STOP_CHARS = 1000
 MAX_TOP_K = 2**31 - 1
-MAX_PRIORITY = 100
+LEAST_PRIORITY = -100
 MAX_SALT_CHARS = 256
 OPENAI_TOP_N = 20  # most `top_logprobs` that OpenAI's API allows
 
@@ -154,14 +154,12 @@ def check(wishes: Wishes, settings: RouterSettings, limits: Limits) -> None:
     _check_top_k(wishes.top_k)
     if wishes.min_p is not None and not 0 <= wishes.min_p <= 1:
         raise ValidationError("`min_p` must be >= 0.0 and <= 1.0", "min_p")
-    if wishes.max_new_tokens == 0:
-        name = wishes.name("max_new_tokens")
-        raise ValidationError(f"`{name}` must be strictly positive", name)
+    _check_positive(wishes.max_new_tokens, wishes.name("max_new_tokens"))
     _check_stop(wishes.stop, settings.max_stop_sequences)
     if wishes.max_new_tokens is not None:
         check_min_tokens(wishes, wishes.max_new_tokens)
     _check_top_n(wishes, limits.max_top_n)
-    _check_priority(wishes.priority)
+    _check_priority(wishes.priority, settings.max_priority)
     _check_salt(wishes.cache_salt)
 
 
@@ -344,10 +342,11 @@ def _check_stop(stop: tuple[str, ...], maximum: int) -> None:
         )
 
 
-def _check_priority(value: int) -> None:
-    if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+def _check_priority(value: int, maximum: int) -> None:
+    if not LEAST_PRIORITY <= value <= maximum:
         raise ValidationError(
-            f"`priority` must be >= -{MAX_PRIORITY} and <= {MAX_PRIORITY}. Given: {value}",
+            f"`priority` must be >= {LEAST_PRIORITY} and <= {maximum}. Given: {value}. "
+            "The upper limit is MAX_PRIORITY.",
             "priority",
         )
 

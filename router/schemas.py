@@ -12,6 +12,8 @@ MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 
 Count = Annotated[int, Field(ge=0, le=MAX_UINT32)]
+# Negative ones are refused by `rules`, in the same words as 0.
+MaxTokens = Annotated[int, Field(le=MAX_UINT32, json_schema_extra={"minimum": 0})]
 Seed = Annotated[int, Field(ge=0, le=MAX_UINT64)]
 SignedSeed = Annotated[int, Field(ge=-(2**63), le=MAX_UINT64)]  # OpenAI's may be negative
 
@@ -49,7 +51,7 @@ class OpenAIBody(Body):
     """What the two OpenAI routes share."""
 
     model: str | None = None
-    max_tokens: Count | None = None
+    max_tokens: MaxTokens | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None  # top_k, min_p and repetition_penalty: additions, as elsewhere
@@ -184,7 +186,7 @@ class ChatBody(OpenAIBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
-    max_completion_tokens: Count | None = None  # the newer name of max_tokens
+    max_completion_tokens: MaxTokens | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: Entries[ToolSpec] | None = None

@@ -92,6 +92,9 @@ class RouterSettings:
     max_client_batch_size: int = setting(
         4, "prompts in one /v1/completions request", integer(1, 1024)
     )
+    max_priority: int = setting(
+        100, "largest priority of a request; negative ones are always allowed", integer(0, 100)
+    )
     max_images: int = setting(16, "pictures in one request", integer(0, 1024))
     image_overflow: str = setting(
         "fit",

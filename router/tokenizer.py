@@ -106,28 +106,16 @@ class Tokenizer:
             return text
         return text.replace(json.dumps(self._placeholder), json.dumps(self.image_token))
 
-    def encode_prompt(
-        self, parts: Sequence[str | PreparedImage], add_special_tokens: bool
-    ) -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
-        """Token ids of a prompt, each picture standing as `num_tokens` image tokens.
+    def encode_parts(self, parts: Sequence[str | object], add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt with a single image token for every part that is no text.
 
-        The text is encoded once, as a whole, with one image token per picture, which then is
-        repeated; the ids equal those of transformers' LlavaNextProcessor, which repeats it in the
-        text.
+        The text is encoded once, as a whole. With `place_images` the ids equal those of
+        transformers' LlavaNextProcessor, which repeats the image token in the text.
 
         Args:
             parts: texts and pictures in order.
             add_special_tokens: whether the tokenizer's rule (begin-of-sequence) applies; false for
                 text that a chat template made, where the template writes it.
-
-        Raises:
-            ValidationError: text that is not Unicode, or pictures for a text model.
-        """
-        images = [part for part in parts if isinstance(part, PreparedImage)]
-        return self.place_images(self.encode_parts(parts, add_special_tokens), images)
-
-    def encode_parts(self, parts: Sequence[str | object], add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt with a single image token for every part that is no text.
 
         Raises:
             ValidationError: text that is not Unicode, or pictures for a text model.

@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from tessera.launcher.devices import Devices, Machine, find_devices, run_command
+from tessera.launcher.devices import (
+    Devices,
+    Machine,
+    check_backend,
+    find_devices,
+    run_command,
+)
 from tessera.launcher.errors import LaunchError
 
 TWO_GPUS = """\
@@ -66,6 +72,7 @@ def test_slices_of_a_gpu_are_devices_of_their_own(tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "1"}, ("1",)),
         ({"CUDA_VISIBLE_DEVICES": "1, GPU-3,"}, ("1", "GPU-3")),
         ({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, ("0",)),
+        ({"CUDA_VISIBLE_DEVICES": "1,2,0"}, ("1",)),
         ({"NVIDIA_VISIBLE_DEVICES": "all"}, ("0", "1")),
         ({"NVIDIA_VISIBLE_DEVICES": "5"}, ("0",)),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "void"}, ("0", "1")),
@@ -112,17 +119,43 @@ def test_intel_gpus_by_their_tool_their_mask_or_the_kernel(tmp_path: Path) -> No
     assert find_devices("xpu", masked).count == 1
 
 
-@pytest.mark.parametrize("wanted", ["tpu", "tpu:0", "", "../cpu"])
+def test_without_the_drivers_tool_the_environment_is_believed(tmp_path: Path) -> None:
+    here = machine(tmp_path, environ={"CUDA_VISIBLE_DEVICES": "0,7"})
+    assert find_devices("cuda", here).cuda_ids == ("0", "7")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    ["tpu", "tpu:0", "", "../cpu", "../engine", "base", "build", "reference", "ipex", "cuda:x"],
+)
 def test_a_device_nothing_computes_on(tmp_path: Path, wanted: str) -> None:
-    with pytest.raises(LaunchError, match="is not known; use auto, cuda, xpu or cpu"):
-        find_devices(wanted, machine(tmp_path))
+    with pytest.raises(LaunchError) as refused:
+        find_devices(wanted, machine(tmp_path, commands={"nvidia-smi": TWO_GPUS}))
+    assert str(refused.value) == (
+        f"DEVICE={wanted} is not known; use auto or one of cpu, cuda, xpu, with an index (cuda:1) "
+        "or without."
+    )
+
+
+@pytest.mark.parametrize("wanted", ["../engine", "build", "base", "no_such", "__init__", "csrc"])
+def test_a_backend_that_is_none(wanted: str) -> None:
+    with pytest.raises(LaunchError) as refused:
+        check_backend(wanted)
+    assert str(refused.value) == (
+        f"BACKEND={wanted} is not known; use auto or one of cpu, cuda, ipex, reference, xpu."
+    )
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cpu", "cuda", "xpu", "ipex", "reference"])
+def test_backends_that_are_there(wanted: str) -> None:
+    check_backend(wanted)
 
 
 def test_a_device_that_was_added_is_left_to_the_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tessera.launcher.devices.BACKENDS", tmp_path)
-    write(tmp_path / "npu.py", "")
+    write(tmp_path / "npu.py", "def available(): ...\ndef create(device): ...\n")
     assert find_devices("npu", machine(tmp_path)) == Devices("npu", 1, 2)
 
 

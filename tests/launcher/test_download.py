@@ -185,7 +185,7 @@ def test_the_process_ends_with_one_line(hub: Hub, tmp_path: Path) -> None:
 def test_offline_means_that_nothing_is_asked(hub: Hub, tmp_path: Path) -> None:
     done = run_process(hub, tmp_path, "--", "owner/model", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "and HF_HUB_OFFLINE forbids to fetch it." in done.stderr
+    assert "and HF_HUB_OFFLINE forbids to fetch it; unset that, or set MODEL_ID to" in done.stderr
     assert not hub.requests
     assert run_process(hub, tmp_path, "--", "owner/model").returncode == 0
     hub.requests.clear()

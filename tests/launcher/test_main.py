@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,22 @@ def run(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
 def test_help() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "--version" in done.stdout
     assert "--model-id VALUE" in done.stdout and "[default: 3000] [env: PORT]" in done.stdout
+
+
+def test_the_version() -> None:
+    for flags in (["--version"], ["--port", "http", "--version"]):
+        done = run(*flags)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"tessera {metadata.version('tessera')}\n"
+
+
+@pytest.mark.parametrize("flags", [["--memory", "24g"], ["--memory=24g"], ["--json"]])
+def test_flags_of_the_plan_without_it(flags: list[str]) -> None:
+    done = run(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there is no {flags[0].split('=')[0]} here: it goes with --plan" in done.stderr
 
 
 def test_a_flag_that_does_not_exist() -> None:
@@ -45,6 +61,15 @@ def test_a_flag_that_does_not_exist() -> None:
         (["--sharded"], {"DEVICE": "cpu"},
          "Error: SHARDED=true but there is one cpu device; set NUM_SHARD to the number of shards, "
          "or SHARDED=false.\n"),
+        (["--device", "base"], {},
+         "Error: DEVICE=base is not known; use auto or one of cpu, cuda, xpu, with an index "
+         "(cuda:1) or without.\n"),
+        (["--backend", "../engine"], {"DEVICE": "cpu"},
+         "Error: BACKEND=../engine is not known; use auto or one of cpu, cuda, ipex, reference, "
+         "xpu.\n"),
+        (["--num-shard", "2"], {"DEVICE": "xpu", "ZE_AFFINITY_MASK": "0"},
+         "Error: NUM_SHARD=2 but there are 1 xpu device(s); lower it or make more devices "
+         "visible.\n"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line(flags: list[str], environ: dict[str, str], error: str) -> None:

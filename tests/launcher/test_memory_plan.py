@@ -1,6 +1,7 @@
 """`tessera-launcher --plan`, and whether its verdict is the warm-up's."""
 
 import json
+import socket
 import subprocess
 import sys
 from bisect import bisect_left
@@ -20,6 +21,7 @@ from tests.launcher.stand_in_hub import TOKEN, Hub, serve
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
+NO_HUB = "http://127.0.0.1:9"
 
 
 def run(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +65,8 @@ def test_too_little_memory_is_an_exit_code() -> None:
         (["--num-shard", "5"], "5"),
         (["--dtype", "float16"], "Error: the cpu has no fast float16"),
         (["--port", "http"], "Error: PORT='http' must be a whole number.\n"),
+        (["--device", "base"], "Error: DEVICE=base is not known; use auto or one of "),
+        (["--backend", "build"], "Error: BACKEND=build is not known; use auto or one of "),
     ],
 )
 def test_errors_are_one_line(flags: list[str], error: str) -> None:
@@ -80,13 +84,56 @@ def test_of_a_model_of_the_hub_only_json_is_fetched(
     with serve(hub):
         environ = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
         refused = run("--model-id", "owner/model", **environ)
-        assert refused.returncode == 1 and "check MODEL_ID, HF_TOKEN and" in refused.stderr
+        assert refused.returncode == 1 and "owner/model is gated: accept" in refused.stderr
         done = run("--model-id", "owner/model", "--json", **environ, HF_TOKEN=TOKEN)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["model_type"] == "llava_next"
     assert not [line for line in hub.requests if "safetensors" in line]
     offline = run("--model-id", "owner/model", "--json", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert offline.stdout == done.stdout
+    away = run("--model-id", "owner/model", "--json", HF_ENDPOINT=NO_HUB, HF_HOME=str(tmp_path))
+    assert (offline.stdout, away.stdout) == (done.stdout, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("environ", "error"),
+    [
+        (
+            {"HF_ENDPOINT": NO_HUB},
+            f"Error: cannot reach {NO_HUB}, and owner/model is not completely in {{cache}}; check "
+            "the network, or set MODEL_ID to a local folder.\n",
+        ),
+        (
+            {"HF_HUB_OFFLINE": "1"},
+            "Error: owner/model is not completely in {cache} and HF_HUB_OFFLINE forbids to fetch "
+            "it; unset that, or set MODEL_ID to a local folder.\n",
+        ),
+    ],
+    ids=["no network", "offline"],
+)
+def test_without_a_network_it_says_so_at_once(
+    tmp_path: Path, environ: dict[str, str], error: str
+) -> None:
+    """The library's own client tries again for 23 s and prints a line each time."""
+    done = run("--model-id", "owner/model", HF_HOME=str(tmp_path), **environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == error.format(cache=tmp_path / "hub")
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = run("--model-id", "owner/model", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    assert done.stderr.startswith(f"Error: cannot reach {endpoint}, and owner/model is not")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_the_hub_has_must_be_a_model(tmp_path: Path) -> None:
+    with serve(Hub({"README.md": b"words"})) as hub:
+        environ = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+        done = run("--model-id", "owner/model", **environ)
+        unknown = run("--model-id", "owner/modle", **environ)
+    assert done.stderr == "Error: owner/model has no config.json: it is no model's folder.\n"
+    assert unknown.stderr.startswith(f"Error: {hub.endpoint} has no model owner/modle")
 
 
 @pytest.mark.skipif(

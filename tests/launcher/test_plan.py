@@ -135,6 +135,12 @@ def test_how_many_shards(flags: list[str], devices: Devices, count: int) -> None
         (["--sharded"], CPU, "SHARDED=true but there is one cpu device; set NUM_SHARD"),
         (["--sharded", "--num-shard", "1"], CUDA, "contradict"),
         (["--num-shard", "3"], CUDA, "NUM_SHARD=3 but there are 2 cuda"),
+        (["--num-shard", "3"], Devices("xpu", 2, 8), "NUM_SHARD=3 but there are 2 xpu"),
+        (
+            ["--num-shard", "2", "--device", "cuda:1"],
+            Devices("cuda", 1, 8),
+            "NUM_SHARD=2 but DEVICE=cuda:1 is one device; lower it or set DEVICE=cuda",
+        ),
     ],
 )
 def test_numbers_of_shards_that_cannot_be(flags: list[str], devices: Devices, message: str) -> None:

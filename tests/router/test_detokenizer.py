@@ -47,7 +47,7 @@ def byte_level() -> dict[str, Any]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode_prompt([text], add_special_tokens=False)[0])
+    return tokenizer.encode_parts([text], add_special_tokens=False)
 
 
 def text_of(

@@ -72,6 +72,17 @@ def test_the_ends_of_the_range_are_in_it(vision_app: App, value: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_server_may_let_nobody_go_first(vision_app: App, path: str) -> None:
+    app = vision_app(max_priority=0)
+    for value, status in ((0, 200), (-100, 200), (1, 422)):
+        assert post(app, path, body(path, {"priority": value})).status_code == status
+    refused = post(app, path, body(path, {"priority": 1})).text
+    assert (
+        "`priority` must be >= -100 and <= 0. Given: 1. The upper limit is MAX_PRIORITY." in refused
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_requests_of_one_token_share_a_key_that_does_not_show_it(
     vision_app: App, path: str
 ) -> None:

@@ -63,8 +63,8 @@ def test_body_must_be_an_object(content: bytes) -> None:
             "must be a whole number",
         ),
         (
-            {"inputs": "a", "parameters": {"max_new_tokens": -1}},
-            "parameters.max_new_tokens",
+            {"inputs": "a", "parameters": {"top_n_tokens": -1}},
+            "parameters.top_n_tokens",
             "must be at least 0",
         ),
         ({"inputs": "a", "parameters": {"seed": 2**64}}, "parameters.seed", "must be at most"),

@@ -48,6 +48,14 @@ def split(prompt: str, images: list[PreparedImage]) -> list[str | PreparedImage]
     return parts
 
 
+def encode(
+    tokenizer: Tokenizer, parts: list[str | PreparedImage], add_special_tokens: bool = True
+) -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
+    """A prompt as `PromptBuilder` makes it: tokens first, then the pictures' places."""
+    pictures = [part for part in parts if isinstance(part, PreparedImage)]
+    return tokenizer.place_images(tokenizer.encode_parts(parts, add_special_tokens), pictures)
+
+
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
     return {}
@@ -94,7 +102,7 @@ def test_prompt_ids_equal_the_processor(
         prepared = [
             PreparedImage(b"", h, w, 1, b"", layout.plan(h, w).num_tokens) for w, h in sizes[:count]
         ]
-        ids, placed = tokenizer.encode_prompt(split(prompt, prepared), add_special_tokens=True)
+        ids, placed = encode(tokenizer, split(prompt, prepared))
         assert list(ids) == list(expected), prompt
         assert [p.image for p in placed] == prepared
         for p in placed:
@@ -113,16 +121,15 @@ def test_text_ids_equal_the_backend(
     backend = Backend.from_file(str(checkpoint(kind) / "tokenizer.json"))
     for prompt in PROMPTS:
         text = prompt.replace("<image>", "(image)")
-        ids, placed = tokenizer_of(kind).encode_prompt([text], add_special_tokens)
-        assert list(ids) == backend.encode(text, add_special_tokens=add_special_tokens).ids
-        assert placed == ()
+        ids = tokenizer_of(kind).encode_parts([text], add_special_tokens)
+        assert ids == backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 @pytest.mark.parametrize("kind", VISION_KINDS)
 def test_written_image_token_is_text(tokenizer_of: Callable[[str], Tokenizer], kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     text = "What does <image> mean? <image><image>"
-    ids, placed = tokenizer.encode_prompt([text, picture(4), text], add_special_tokens=True)
+    ids, placed = encode(tokenizer, [text, picture(4), text])
     assert ids.count(tokenizer.image_token_id) == 4
     assert [p.offset for p in placed] == [ids.index(tokenizer.image_token_id)]  # type: ignore[arg-type]
     assert tokenizer.decode(ids).replace(" ", "") == 2 * text.replace(" ", "")
@@ -139,25 +146,23 @@ def custom_tokenizer() -> Tokenizer:
 def test_no_text_becomes_the_image_token(
     custom_tokenizer: Tokenizer, text: str, parts: list[str]
 ) -> None:
-    ids, _ = custom_tokenizer.encode_prompt([*parts, text, *parts], add_special_tokens=True)
-    assert 500 not in ids
+    assert 500 not in custom_tokenizer.encode_parts([*parts, text, *parts], True)
 
 
 def test_other_special_tokens_in_text_are_special(
     tokenizer_of: Callable[[str], Tokenizer],
 ) -> None:
-    ids, _ = tokenizer_of("next-mistral").encode_prompt(["a</s>"], add_special_tokens=False)
-    assert ids[-1] == 2
+    assert tokenizer_of("next-mistral").encode_parts(["a</s>"], False)[-1] == 2
 
 
 def test_pictures_for_a_text_model_are_refused(tokenizer_of: Callable[[str], Tokenizer]) -> None:
     with pytest.raises(ValidationError, match="text only"):
-        tokenizer_of("llama").encode_prompt(["a", picture()], add_special_tokens=True)
+        tokenizer_of("llama").encode_parts(["a", picture()], add_special_tokens=True)
 
 
 def test_lone_surrogates_are_refused(tokenizer_of: Callable[[str], Tokenizer]) -> None:
     with pytest.raises(ValidationError, match="surrogate"):
-        tokenizer_of("llama").encode_prompt(["a\ud83d"], add_special_tokens=True)
+        tokenizer_of("llama").encode_parts(["a\ud83d"], add_special_tokens=True)
     with pytest.raises(ValidationError, match="surrogate"):
         tokenizer_of("llama").encode_with_spans("a\ud83d", add_special_tokens=True)
 
@@ -167,7 +172,7 @@ def test_spans_are_characters_of_the_text(tokenizer_of: Callable[[str], Tokenize
     spans = tokenizer_of("llama").encode_with_spans(text, add_special_tokens=True)
     assert spans[0] == (1, 0, 0)
     assert "".join(dict.fromkeys(text[a:b] for _, a, b in spans)) == text
-    assert [s[0] for s in spans] == list(tokenizer_of("llama").encode_prompt([text], True)[0])
+    assert [s[0] for s in spans] == tokenizer_of("llama").encode_parts([text], True)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored() -> None:
@@ -175,7 +180,7 @@ def test_truncation_and_padding_of_the_file_are_ignored() -> None:
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     tokenizer = Tokenizer(json.loads(backend.to_str()))
-    assert 3 < len(tokenizer.encode_prompt(["many many words"], True)[0]) < 50
+    assert 3 < len(tokenizer.encode_parts(["many many words"], True)) < 50
 
 
 class TestTruncateLeft:
@@ -262,13 +267,13 @@ def test_bos_without_a_post_processor(checkpoint: Checkpoint, tmp_path: Path) ->
     tokenizer = Tokenizer.from_folder(folder)
     original = Tokenizer.from_folder(checkpoint("next-vicuna"))
     parts = ["USER: ", picture(), "\nWhy?"]
-    assert tokenizer.encode_prompt(parts, True) == original.encode_prompt(parts, True)
-    assert tokenizer.encode_prompt(parts, False) == original.encode_prompt(parts, False)
+    for special in (True, False):
+        assert tokenizer.encode_parts(parts, special) == original.encode_parts(parts, special)
     assert tokenizer.encode_with_spans("a", True) == original.encode_with_spans("a", True)
 
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     checkpoints.write_json(folder / "tokenizer_config.json", config | {"add_bos_token": False})
-    assert Tokenizer.from_folder(folder).encode_prompt(["a"], True)[0][0] != 1
+    assert Tokenizer.from_folder(folder).encode_parts(["a"], True)[0] != 1
 
 
 def test_missing_tokenizer_names_the_command(tmp_path: Path) -> None:
@@ -323,7 +328,7 @@ def test_byte_level_tokens() -> None:
     tokenizer = Tokenizer(byte_level(), eos_token="<|end|>")
     assert tokenizer.kind is PieceKind.BYTE_LEVEL
     text = "grüße 🙂\n"
-    ids, _ = tokenizer.encode_prompt([text], add_special_tokens=True)
+    ids = tokenizer.encode_parts([text], add_special_tokens=True)
     assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_text(257) == "<tool>" and not tokenizer.is_special(257)
