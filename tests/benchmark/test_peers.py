@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,21 +29,27 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> peers.Prompts:
 
 
 @asynccontextmanager
-async def server(delay_s: float, drop: int = 0) -> AsyncIterator[str]:
+async def server(
+    delay_s: float, drop: int = 0, asked: list[dict[str, Any]] | None = None
+) -> AsyncIterator[str]:
     """Answers as many tokens as it is asked for, less `drop`, one every `delay_s`."""
 
     async def completions(request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if asked is not None:
+            asked.append(body)
         response = web.StreamResponse()
         await response.prepare(request)
         for number in range(1, body["max_tokens"] + 1 - drop):
             await asyncio.sleep(delay_s)
-            event = {"choices": [{"text": "a"}], "usage": {"completion_tokens": number}}
+            event = {"choices": [{"text": "a", "delta": {"content": "a"}}]}
+            event |= {"usage": {"completion_tokens": number}}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         return response
 
     app = web.Application()
-    app.add_routes([web.post("/v1/completions", completions)])
+    paths = "/v1/completions", "/v1/chat/completions"
+    app.add_routes([web.post(path, completions) for path in paths])
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -60,15 +68,50 @@ def test_the_faster_server_has_the_larger_ratio(
 
     async def compared() -> peers.Report:
         async with server(0.001) as fast, server(0.05) as slow:
-            loads = [peers.Load(url, "m", prompts) for url in (fast, slow)]
-            return await peers.compare(*loads, rounds=2)
+            loads = peers.Load(fast, "m", prompts), peers.Load(slow, "m", prompts)
+            report = await peers.compare_text(loads, 2)
+            return report | await peers.compare_pictures(loads, 2)
 
     report = asyncio.run(compared())
     assert report["output_tokens_per_s"].keys() == {"1", "3"}
-    for row in (*report["output_tokens_per_s"].values(), report["first_token_ms"]):
+    times = [report["first_token_ms"], report["first_token_after_picture_ms"]]
+    for row in (*report["output_tokens_per_s"].values(), *times):
         assert row["ratio"]["rounds"] == 2 and row["ratio"]["low"] > 1
-    assert report["first_token_ms"]["ours"] < report["first_token_ms"]["peer"]
-    assert len(peers.lines("p", report | {"version": "1"})) == 3
+    assert all(row["ours"] < row["peer"] for row in times)
+    assert len(peers.lines("p", report | {"version": "1"})) == 4
+
+
+def test_no_picture_is_shown_twice(prompts: peers.Prompts) -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def measured() -> None:
+        async with server(0.0, asked=asked) as url:
+            load = peers.Load(url, "m", prompts)
+            await peers.compare_pictures((load, load), 2)
+
+    asyncio.run(measured())
+    parts = [body["messages"][-1]["content"] for body in asked]
+    assert [[part["type"] for part in each] for each in parts] == [["image_url", "text"]] * 6
+    assert len({each[0]["image_url"]["url"] for each in parts}) == 6
+    assert all(body["max_tokens"] == peers.FIRST_OUTPUT_TOKENS for body in asked)
+
+
+def test_a_measurement_that_takes_too_long_is_named_with_the_reason(
+    prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "STREAMS", (1,))
+    monkeypatch.setattr(peers, "LIMIT_S", 1)
+
+    async def compared() -> peers.Report:
+        async with server(0.0) as quick, server(0.05) as late:
+            loads = peers.Load(quick, "m", prompts), peers.Load(late, "m", prompts)
+            return await peers.compare_text(loads, 1)
+
+    report = asyncio.run(compared())
+    assert report["output_tokens_per_s"] == {"1": {"reason": "not done after 1 s"}}
+    assert report["first_token_ms"]["ratio"]["rounds"] == 1
+    late, first_token = peers.lines("p", report | {"version": "1"})
+    assert "not measured: not done after 1 s" in late and "x (" in first_token
 
 
 def test_answers_of_another_length_are_no_measurement(prompts: peers.Prompts) -> None:
@@ -125,6 +168,31 @@ def test_a_peer_that_cannot_be_installed_is_named_with_the_reason(
     found = peers.measure_peer("p", tmp_path, prompts, 1)
     assert found == {"package": "p", "reason": "no wheel for this machine"}
     assert peers.lines("p", found) == ["p: not measured: no wheel for this machine"]
+
+
+def test_a_peer_that_fails_to_see_keeps_its_figures_for_text(
+    tmp_path: Path, prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(name: str, folder: Path, *rest: object) -> peers.Report:
+        if folder.name == peers.PICTURE_MODEL:
+            raise OSError("the server exited with 1")
+        return {"first_token_ms": {}}
+
+    seeing = replace(peer_of(""), sees=True)
+    monkeypatch.setitem(PEERS, "p", seeing)  # type: ignore[misc]
+    monkeypatch.setattr(peers, "checkpoint", lambda name, folder: folder / name)
+    monkeypatch.setattr(peers, "_compared", compared)
+    found = peers.measure_peer("p", tmp_path / "text", prompts, 1)
+    assert found["first_token_ms"] == {} and "reason" not in found
+    assert found["first_token_after_picture_ms"] == {"reason": "the server exited with 1"}
+
+
+def test_an_index_is_completed_for_others(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "b"}}')
+    with pytest.raises(OSError), peer_server(peer_of(""), tmp_path, 1, tmp_path / "log"):
+        pass
+    assert json.loads(index.read_text()) == {"metadata": {}, "weight_map": {"a": "b"}}
 
 
 def test_a_server_is_ended_with_all_its_processes(tmp_path: Path) -> None:

@@ -33,8 +33,11 @@ PEER_HEAD = """\
 HTTP to HTTP beside other servers of `{model}` on the same cores, in turn: ours / theirs, and in
 brackets how many times as fast this server is. Tokens per second of all streams together, and the
 time to the first token after a longer prompt.
-{source}
+{picture}{source}
 
+"""
+PICTURE = """\
+The last column is `{model}`'s first token after a picture of {side} x {side} pixels.
 """
 STACK = """\
 The whole server, with router, gRPC, HTTP and the measuring client on the same cores, takes
@@ -70,18 +73,30 @@ def steps(found: Found) -> str:
 
 def peers(found: Found) -> str:
     """A row per server, and why others have none."""
-    table = [["server", *(_count(number, "stream") for number in STREAMS), "first token"]]
+    table = [["server", *(_count(number, "stream") for number in STREAMS)]]
+    table[0] += ["first token", "first token, picture"]
     reasons = []
     for name, peer in found["peers"].items():
         if "reason" in peer:
-            # As code: a message may hold what Markdown reads as its own.
-            message = " ".join(peer["reason"].replace("`", "'").split())
-            reasons.append(f"`{name}` (`{message}`)")
+            reasons.append(f"`{name}` ({_as_code(peer['reason'])})")
             continue
-        cells = [_beside(peer["output_tokens_per_s"][str(number)]) for number in STREAMS]
-        first_token = _beside(peer["first_token_ms"], " ms")
-        table.append([f"`{peer['package']} {peer['version']}`", *cells, first_token])
-    head = PEER_HEAD.format(model=found["about"]["model"], source=_source("peers", found))
+        rows = {
+            _count(number, "stream"): peer["output_tokens_per_s"][str(number)] for number in STREAMS
+        }
+        rows["first token"] = peer["first_token_ms"]
+        rows["first token, picture"] = peer.get("first_token_after_picture_ms")
+        reasons += [
+            f"`{name}, {label}` ({_as_code(row['reason'])})"
+            for label, row in rows.items()
+            if row and "reason" in row
+        ]
+        cells = [_beside(row, " ms" if "token" in label else "") for label, row in rows.items()]
+        # One package can be two peers.
+        label = name if name.startswith(peer["package"]) else peer["package"]
+        table.append([f"`{label} {peer['version']}`", *cells])
+    about = found["about"]
+    picture = PICTURE.format(**about["picture"]) if "picture" in about else ""
+    head = PEER_HEAD.format(model=about["model"], picture=picture, source=_source("peers", found))
     return head + _table(table) + _missing(reasons)
 
 
@@ -121,8 +136,17 @@ def _source(name: str, found: Found) -> str:
     )
 
 
-def _beside(row: Found, unit: str = "") -> str:
+def _beside(row: Found | None, unit: str = "") -> str:
+    """A cell; `-` for what was not measured."""
+    if row is None or "reason" in row:
+        return "-"
     return f"{row['ours']:.0f} / {row['peer']:.0f}{unit} ({row['ratio']['median']:.1f})"
+
+
+def _as_code(message: str) -> str:
+    """A message may hold what Markdown reads as its own."""
+    plain = " ".join(message.replace("`", "'").split())
+    return f"`{plain}`"
 
 
 def _missing(reasons: list[str]) -> str:

@@ -97,7 +97,37 @@ def test_machine_load_and_figures_are_those_of_the_file() -> None:
     told = peers(of_peers())
     assert "1 round, 16 cores with a load of 0.3:" in told
     cells = "80 / 202 (0.4) | 80 / 202 (0.4) | 80 / 202 (0.4) | 80 / 202 ms (0.4)"
-    assert told.endswith(f"| `openvino-genai 2026.4` | {cells} |\n")
+    assert told.endswith(f"| `openvino-genai 2026.4` | {cells} | - |\n")
+    assert "picture of" not in told
+
+
+def test_two_peers_of_one_package_are_told_apart() -> None:
+    found = of_peers()
+    peer = found["peers"]["openvino"]
+    for name in ("transformers", "transformers-batching"):
+        found["peers"][name] = peer | {"package": "transformers", "version": "5"}
+    told = peers(found)
+    assert "| `transformers 5` |" in told and "| `transformers-batching 5` |" in told
+
+
+def test_a_peer_that_sees_has_its_picture_in_the_table() -> None:
+    found = of_peers()
+    found["about"]["picture"] = {"model": "llava", "side": 336}
+    row = {"ours": 900.4, "peer": 1801.6, "ratio": {"median": 2.001}}
+    found["peers"]["openvino"]["first_token_after_picture_ms"] = row
+    told = peers(found)
+    assert told.endswith(" | 900 / 1802 ms (2.0) |\n")
+    assert "`llava`'s first token after a picture of 336 x 336 pixels" in told
+
+
+def test_a_measurement_that_failed_is_named_with_its_reason() -> None:
+    found = of_peers()
+    found["peers"]["openvino"]["output_tokens_per_s"]["32"] = {"reason": "not done after 120 s"}
+    *_, table, sentence = peers(found).split("\n\n")
+    cells = "80 / 202 (0.4) | 80 / 202 (0.4) | - | 80 / 202 ms (0.4) | -"
+    assert table.endswith(f"| `openvino-genai 2026.4` | {cells} |")
+    assert "`openvino, 32 streams` (`not done after 120 s`)" in " ".join(sentence.split())
+    assert stated(sentence) == []
 
 
 def test_a_peer_without_figures_is_named_with_its_reason() -> None:
