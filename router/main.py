@@ -16,7 +16,7 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from tessera.proto.env import SettingsError
 from tessera.proto.image_layout import ImageLayoutError
-from tessera.proto.process import begin
+from tessera.proto.process import begin, keep_what_is_there
 from tessera.router.app import create_app
 from tessera.router.blocks import BlockPool
 from tessera.router.chat_template import ChatTemplate
@@ -144,6 +144,7 @@ async def _run_model(
     while True:
         try:
             await _open(settings, core, shards, files)
+            keep_what_is_there()
             report.ready()
             await run_watched(core, shards)
         except ShardsLost as error:

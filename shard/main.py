@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from tessera.proto import shard_pb2, shard_pb2_grpc
 from tessera.proto.env import SettingsError
 from tessera.proto.image_layout import ImageLayout, layout_from_config
-from tessera.proto.process import begin
+from tessera.proto.process import begin, keep_what_is_there
 from tessera.shard.backends import load_backend
 from tessera.shard.engine import Engine
 from tessera.shard.errors import ShardError
@@ -67,6 +67,7 @@ async def _serve(settings: ShardSettings) -> None:
             sys.stdout.flush()
             os._exit(0)
         engine, info, layout = loading.result()
+        keep_what_is_there()
         server = await _start_server(settings, engine, info, layout, device_thread)
         logger.info("rank %d serves %s on %s", info.rank, info.model_type, info.device)
         await stop.wait()

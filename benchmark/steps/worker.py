@@ -14,6 +14,7 @@ import torch
 
 from benchmark.steps.cases import Case, StepWriter
 from benchmark.steps.shard import Shard, Took
+from tessera.proto.process import keep_what_is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ def main() -> int:
     shard = Shard(
         Path(order.folder), order.device, num_blocks, order.rank, order.ranks, order.meeting
     )
+    keep_what_is_there()
     writer = StepWriter(num_blocks, shard.tile)
     for case in cases:
         result = measure(shard, writer, case, order.rounds, order.ranks)
