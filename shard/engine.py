@@ -227,17 +227,20 @@ class Engine:
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero.
 
-        Only the last row of each sequence counts, but where prompts are scored.
+        On a single rank only the last row of each sequence counts, but where prompts are scored.
         """
         if self._graphs is not None:
             replayed_TD = self._graphs.hidden_states(batch)
             if replayed_TD is not None:
                 return replayed_TD
 
+        # A rank that fails goes through exchanges it has missed: each has as many rows as the step.
+        every_row = bool(batch.prompt_spans) or self.placement.group.world_size > 1
+
         def forward(first: int, last: int) -> Tensor:
             x_TD = self._embed(batch, first, last, failures)
             layout = slice_layout(batch.layout, first, last)
-            wanted = None if batch.prompt_spans else last_rows(layout)
+            wanted = None if every_row else last_rows(layout)
             return self.model.forward(x_TD, self._caches, layout, wanted)
 
         def compute(first: int, last: int) -> Tensor:

@@ -12,7 +12,7 @@ from benchmark.load.measure import Objective, summarise
 from benchmark.load.protocol import CompletionApi
 from benchmark.load.workload import Conversation, Turn
 from benchmark.peer_servers.servers import own_server
-from benchmark.peers import TIMEOUT, Prompts
+from benchmark.peers import LIMIT_S, Prompts
 
 
 def tokens_per_s(
@@ -38,7 +38,7 @@ def _asked(prompts: Prompts, streams: int, prompt_tokens: int) -> list[Conversat
 
 
 async def _rate(url: str, model: str, asked: list[Conversation], new_tokens: int) -> float:
-    async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+    async with asyncio.timeout(LIMIT_S), aiohttp.ClientSession() as session:
         client = Client(session, url, CompletionApi(model), max_tokens=new_tokens)
         await client.closed_loop(asked, len(asked))
     summary = summarise(client.records, Objective())
