@@ -150,7 +150,7 @@ def test_what_the_hub_has_must_be_a_model(tmp_path: Path) -> None:
 )
 def test_the_verdict_is_the_warm_ups(flags: list[str]) -> None:
     """A real warm-up refuses a third less memory than the plan asks for, and starts with two thirds
-    more: what the C library keeps of freed memory differs from run to run. Most of it is the largest
+    more: what the C library keeps of freed memory differs each time. Most of it is the largest
     step in all but the first case."""
     settings = Settings.read(["--device", "cpu", *flags], {})
     (found,) = describe(DEMO_FOLDER, "cpu", settings, [1])
