@@ -4,7 +4,6 @@ from array import array
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,9 +65,8 @@ class BatchBuilder:
     """Keeps the live sequences and turns every step into a `Batch`."""
 
     def __init__(self, block_size: int, device: torch.device) -> None:
-        self._block_size = block_size
         self._device = device
-        self._tables = BlockTables()
+        self._tables = BlockTables(block_size)
         self.sequences: dict[int, SequenceState] = {}
 
     def release(self, sequence_ids: list[int]) -> None:
@@ -113,29 +111,36 @@ class BatchBuilder:
         )
 
     def _add_decode(self, row: shard_pb2.DecodeRow, rows: "_Rows") -> None:
-        sequence = self.sequences.get(row.sequence_id)
-        if sequence is None or row.context_len != sequence.context_len + 1:
+        sequence, context_len = self.sequences.get(row.sequence_id), row.context_len
+        if sequence is None or context_len != sequence.context_len + 1:
             have = "no such sequence" if sequence is None else f"{sequence.context_len} tokens"
             raise DivergenceError(
-                f"sequence {row.sequence_id}: asked for context {row.context_len}, have {have}"
+                f"sequence {row.sequence_id}: asked for context {context_len}, have {have}"
             )
+        position = sequence.context_len
         if row.HasField("token_id"):
-            del sequence.token_ids[sequence.context_len :]
+            del sequence.token_ids[position:]
             sequence.token_ids.append(row.token_id)
-        self._grow(sequence, list(row.new_block_ids))
-        first, token_id = len(rows.ids), sequence.token_ids[sequence.context_len]
+        if row.new_block_ids:
+            self._grow(sequence, list(row.new_block_ids))
+        token_id = sequence.token_ids[position]
         rows.ids.append(token_id)
-        rows.has_unread = rows.has_unread or is_placeholder(token_id)
-        rows.add_span(sequence, first, 1)
-        sequence.context_len += 1
-        rows.sample(sequence, first)
+        if is_placeholder(token_id):
+            rows.has_unread = True
+        rows.positions.append(position)
+        rows.slots.append(self._tables.slot(sequence.table_row, position))
+        sequence.context_len = context_len
+        rows.end_span(sequence)
+        rows.sample(sequence)
 
     def _add_chunk(self, chunk: shard_pb2.Chunk, rows: "_Rows") -> None:
         sequence = self._chunk_sequence(chunk)
         self._grow(sequence, list(chunk.new_block_ids))
         first, length = len(rows.ids), len(chunk.token_ids)
+        last = sequence.context_len + length
         rows.ids.extend(chunk.token_ids)
-        rows.add_span(sequence, first, length)
+        rows.positions.extend(range(sequence.context_len, last))
+        rows.slots.extend(self._tables.slots(sequence.table_row, sequence.context_len, last))
         if sequence.sampling.prompt_logprobs:
             rows.prompt_spans.append(PromptSpan(sequence, first, chunk.first_position, length))
         for span in chunk.images:
@@ -149,9 +154,10 @@ class BatchBuilder:
                 )
             )
         sequence.token_ids.extend(chunk.token_ids)
-        sequence.context_len += length
+        sequence.context_len = last
+        rows.end_span(sequence)
         if chunk.is_last:
-            rows.sample(sequence, first + length - 1)
+            rows.sample(sequence)
 
     def _chunk_sequence(self, chunk: shard_pb2.Chunk) -> SequenceState:
         sequence = self.sequences.get(chunk.sequence_id)
@@ -178,31 +184,23 @@ class BatchBuilder:
         return sequence
 
     def _grow(self, sequence: SequenceState, block_ids: list[int]) -> None:
-        if block_ids:
-            self._tables.append(sequence.table_row, sequence.num_blocks, block_ids)
-            sequence.num_blocks += len(block_ids)
+        self._tables.append(sequence.table_row, sequence.num_blocks, block_ids)
+        sequence.num_blocks += len(block_ids)
 
     def _tensors(self, rows: "_Rows") -> tuple[Tensor, StepLayout]:
         """The token ids and where they sit."""
         columns = max(sequence.num_blocks for sequence in rows.sequences)
         tables = self._tables.select([s.table_row for s in rows.sequences], columns)
-        starts = np.array(rows.query_start, np.int64)
-        lengths = np.diff(starts)
-        contexts = np.array(rows.context_lens, np.int64)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        # A sequence's new tokens are its last ones: the first of them sits at context - length.
-        positions = np.arange(starts[-1]) - (starts[:-1] - (contexts - lengths))[owner]
-        blocks = tables[owner, positions // self._block_size].astype(np.int64)
-        slots = blocks * self._block_size + positions % self._block_size
-        arrays = (
-            np.array(rows.ids, np.int64),
-            positions,
-            slots,
-            starts.astype(np.int32),
-            contexts.astype(np.int32),
-            np.ascontiguousarray(tables),
-        )
-        ids_T, *placed = upload_together([torch.from_numpy(a) for a in arrays], self._device)
+        # Memory that is there already: a step of few tokens feels each call of numpy.
+        host = [
+            torch.frombuffer(rows.ids, dtype=torch.int64),
+            torch.frombuffer(rows.positions, dtype=torch.int64),
+            torch.frombuffer(rows.slots, dtype=torch.int64),
+            torch.frombuffer(rows.query_start, dtype=torch.int32),
+            torch.frombuffer(rows.context_lens, dtype=torch.int32),
+            torch.from_numpy(tables),
+        ]
+        ids_T, *placed = upload_together(host, self._device)
         positions_T, slots_T, query_start_S1, context_lens_S, block_tables_SM = placed
         layout = StepLayout(
             positions_T=positions_T,
@@ -267,21 +265,25 @@ class _Rows:
     """The packed rows of a step while they are gathered."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.has_unread = False  # whether placeholders are among them
+        self.ids = array("q")
+        self.positions = array("q")
+        self.slots = array("q")
+        self.has_unread = False  # whether placeholders are among the ids
         self.sequences: list[SequenceState] = []
-        self.query_start: list[int] = [0]
-        self.context_lens: list[int] = []
+        self.query_start = array("i", [0])
+        self.context_lens = array("i")
         self.splices: list[Splice] = []
         self.sampled: list[SequenceState] = []
         self.sample_rows: list[int] = []
         self.prompt_spans: list[PromptSpan] = []
 
-    def add_span(self, sequence: SequenceState, first_row: int, length: int) -> None:
+    def end_span(self, sequence: SequenceState) -> None:
+        """All new tokens of a sequence are there."""
         self.sequences.append(sequence)
-        self.query_start.append(first_row + length)
-        self.context_lens.append(sequence.context_len + length)
+        self.query_start.append(len(self.ids))
+        self.context_lens.append(sequence.context_len)
 
-    def sample(self, sequence: SequenceState, row: int) -> None:
+    def sample(self, sequence: SequenceState) -> None:
+        """The sequence whose span ended last gets a token."""
         self.sampled.append(sequence)
-        self.sample_rows.append(row)
+        self.sample_rows.append(len(self.ids) - 1)

@@ -21,7 +21,7 @@ from tessera.shard.errors import DeviceError, GroupLost
 from tessera.shard.launched import Launched
 from tessera.shard.models.base import ImageTiles, Model, Placement
 from tessera.shard.prompt_scores import score_prompt
-from tessera.shard.resilience import in_halves, one_by_one
+from tessera.shard.resilience import in_halves, one_by_one, part_of
 from tessera.shard.sequence import SequenceState
 from tessera.shard.token_choice import choose_tokens, report_token
 from tessera.shard.token_masks import TokenMaskBox
@@ -121,9 +121,9 @@ class Engine:
         Raises:
             DivergenceError: router and shard disagree; nothing of the step can be trusted.
         """
-        return self.finish(self.launch(step))
+        with torch.inference_mode():
+            return self._finish(self._launch(step))
 
-    @torch.inference_mode()
     def launch(self, step: shard_pb2.Step) -> Launched:
         """Begin a step. Where the device runs ahead, this waits for nothing.
 
@@ -132,6 +132,19 @@ class Engine:
         Raises:
             DivergenceError: see `run`.
         """
+        with torch.inference_mode():
+            return self._launch(step)
+
+    def finish(self, launched: Launched) -> shard_pb2.StepReply:
+        """Wait until the step is computed, and say what came out."""
+        with torch.inference_mode():
+            return self._finish(launched)
+
+    def wait(self, launched: Launched) -> None:
+        """Until a step that `may_be_followed` is computed. From any thread."""
+        self.placement.backend.wait(launched.done)
+
+    def _launch(self, step: shard_pb2.Step) -> Launched:
         backend, started_ns = self.placement.backend, time.perf_counter_ns()
         self._builder.release(list(step.released_sequence_ids))
         for content_hash in step.released_images:
@@ -144,8 +157,7 @@ class Engine:
         launched = Launched(reply, batch, started_ns, started, encoded, computed=encoded)
         if batch is not None:
             launched.hidden_TD = self._hidden_states(batch, launched.failures)
-            guided = any(sequence.sampling.guided for sequence in batch.sampled)
-            if self.runs_ahead and not guided:
+            if self.runs_ahead and not any(s.guided for s in batch.sampled):
                 self._choose(launched, batch, launched.hidden_TD)
                 if launched.tokens is not None:
                     launched.tokens.fetch()
@@ -153,9 +165,7 @@ class Engine:
         self._chosen_R = launched.tokens.ids_R if launched.tokens is not None else None
         return launched
 
-    @torch.inference_mode()
-    def finish(self, launched: Launched) -> shard_pb2.StepReply:
-        """Wait until the step is computed, and say what came out."""
+    def _finish(self, launched: Launched) -> shard_pb2.StepReply:
         backend, reply, batch = self.placement.backend, launched.reply, launched.batch
         if batch is not None and launched.hidden_TD is not None:
             hidden_TD, group = launched.hidden_TD, self.placement.group
@@ -179,10 +189,6 @@ class Engine:
         else:
             reply.sample_ns = backend.elapsed_ns(launched.computed, launched.done)
         return reply
-
-    def wait(self, launched: Launched) -> None:
-        """Until a step that `may_be_followed` is computed. From any thread."""
-        self.placement.backend.wait(launched.done)
 
     def _choose(self, launched: Launched, batch: Batch, hidden_TD: Tensor) -> None:
         """Sample on rank 0. On all ranks placeholders are remembered; who reads replaces them."""
@@ -267,7 +273,7 @@ class Engine:
 
     def _embed(self, batch: Batch, first: int, last: int, failures: dict[int, str]) -> Tensor:
         """Embeddings of the rows [first, last), image features in their places."""
-        x_TD = self.model.embed(batch.ids_T[first:last])
+        x_TD = self.model.embed(part_of(batch.ids_T, first, last))
         for splice in batch.splices:
             start = max(splice.first_row, first)
             end = min(splice.first_row + splice.length, last)
@@ -319,7 +325,7 @@ class Engine:
 
         def compute(first: int, last: int) -> Tensor | None:
             return self._together(
-                "logits", last - first, lambda: self.model.logits(hidden_RD[first:last])
+                "logits", last - first, lambda: self.model.logits(part_of(hidden_RD, first, last))
             )
 
         parts = [x for x in in_halves(compute, 0, hidden_RD.shape[0]) if x is not None]
@@ -329,7 +335,7 @@ class Engine:
         self, step_id: int, sequences: Sequence[SequenceState], failures: dict[int, str]
     ) -> dict[int, bytes]:
         """Wait for the masks of guided sequences; one whose mask does not come fails."""
-        guided = [s.sequence_id for s in sequences if s.sampling.guided]
+        guided = [s.sequence_id for s in sequences if s.guided]
         if not guided:
             return {}
         masks = self.masks.take(step_id, guided)

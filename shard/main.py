@@ -68,10 +68,15 @@ async def _serve(settings: ShardSettings) -> None:
             os._exit(0)
         engine, info, layout = loading.result()
         keep_what_is_there()
-        server = await _start_server(settings, engine, info, layout, device_thread)
+        size_cache = partial(
+            warm_up, engine, memory_fraction=settings.cuda_memory_fraction, layout=layout
+        )
+        service = ShardService(engine, info, size_cache, device_thread)
+        server = await _start_server(settings, service)
         logger.info("rank %d serves %s on %s", info.rank, info.model_type, info.device)
         await stop.wait()
         await server.stop(grace=1.0)
+        service.close()
         engine.placement.group.close()
 
 
@@ -114,18 +119,8 @@ def _rendezvous(settings: ShardSettings) -> str:
     return settings.rendezvous
 
 
-async def _start_server(
-    settings: ShardSettings,
-    engine: Engine,
-    info: shard_pb2.InfoReply,
-    layout: ImageLayout | None,
-    device_thread: ThreadPoolExecutor,
-) -> grpc.aio.Server:
+async def _start_server(settings: ShardSettings, service: ShardService) -> grpc.aio.Server:
     server = grpc.aio.server(options=UNLIMITED)
-    size_cache = partial(
-        warm_up, engine, memory_fraction=settings.cuda_memory_fraction, layout=layout
-    )
-    service = ShardService(engine, info, size_cache, device_thread)
     shard_pb2_grpc.add_ShardServicer_to_server(service, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

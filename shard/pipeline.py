@@ -1,9 +1,10 @@
 """Runs steps in order on the device's thread, one ahead where the device allows it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Protocol, TypeVar
 
 from tessera.proto import shard_pb2
 from tessera.shard.engine import Engine
@@ -13,64 +14,143 @@ from tessera.shard.launched import Launched
 T = TypeVar("T")
 R = TypeVar("R")
 
-StepQueue = asyncio.Queue[shard_pb2.Step | None]
-"""Steps as they come; None: no more will."""
 
-
-class Pipeline:
+class Pipeline(Protocol):
     """The steps of one stream. The device thread is the only one that works with the engine."""
 
-    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
-        self._engine = engine
-        self._device_thread = device_thread
-        self._next_step_id = 0
+    def put(self, step: shard_pb2.Step | None) -> None:
+        """The next step, from the event loop; None: no more will come."""
+        ...
 
-    async def replies(self, steps: StepQueue) -> AsyncIterator[shard_pb2.StepReply]:
-        """The reply to each step, in order.
+    def close(self) -> None:
+        """Compute no more, not even what has come."""
+        ...
 
-        A step that comes while the device computes the one before it is launched at once, so that
-        the device goes from one to the other without waiting for the host.
+    def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:
+        """The reply to each step, in order, until it is closed.
 
         Raises:
             DivergenceError: a step is missing, or the engine says so.
         """
-        while (step := await steps.get()) is not None:
-            if not self._engine.runs_ahead:
-                self._count(step)
-                yield await self._on_device(self._engine.run, step)
-                continue
+        ...
+
+
+def pipeline(engine: Engine, device_thread: ThreadPoolExecutor) -> Pipeline:
+    """The one that fits the device."""
+    return (OneAhead if engine.runs_ahead else InOrder)(engine, device_thread)
+
+
+class _Counter:
+    """Sees to it that no step is missing."""
+
+    def __init__(self) -> None:
+        self._next_step_id = 0
+
+    def count(self, step: shard_pb2.Step) -> None:
+        if step.step_id != self._next_step_id:
+            raise DivergenceError(f"got step {step.step_id}, expected {self._next_step_id}")
+        self._next_step_id += 1
+
+
+class InOrder:
+    """For devices that compute while the host waits: one step after the other.
+
+    The device's thread takes its steps itself: a step that has come begins when the one before it
+    ends, and nobody waits for the event loop to hear of it.
+    """
+
+    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
+        self._engine = engine
+        self._device_thread = device_thread
+        self._counter = _Counter()
+        self._steps: SimpleQueue[shard_pb2.Step | None] = SimpleQueue()
+        self._is_closed = False
+
+    def put(self, step: shard_pb2.Step | None) -> None:
+        """See `Pipeline`."""
+        self._steps.put(step)
+
+    def close(self) -> None:
+        """See `Pipeline`."""
+        self._is_closed = True
+        self._steps.put(None)
+
+    async def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:
+        """See `Pipeline`."""
+        loop = asyncio.get_running_loop()
+        replies: asyncio.Queue[shard_pb2.StepReply | None] = asyncio.Queue()
+
+        def tell(reply: shard_pb2.StepReply | None) -> None:
+            loop.call_soon_threadsafe(replies.put_nowait, reply)
+
+        working = loop.run_in_executor(self._device_thread, self._work, tell)
+        try:
+            while (reply := await replies.get()) is not None:
+                yield reply
+            await working
+        finally:
+            self.close()
+
+    def _work(self, tell: Callable[[shard_pb2.StepReply | None], None]) -> None:
+        try:
+            while (step := self._steps.get()) is not None and not self._is_closed:
+                self._counter.count(step)
+                tell(self._engine.run(step))
+        finally:
+            tell(None)
+
+
+class OneAhead:
+    """For devices that go on while the host does something else.
+
+    A step that comes while the device computes the one before it is launched at once, so that the
+    device goes from one to the other without waiting for the host.
+    """
+
+    def __init__(self, engine: Engine, device_thread: ThreadPoolExecutor) -> None:
+        self._engine = engine
+        self._device_thread = device_thread
+        self._counter = _Counter()
+        self._steps: asyncio.Queue[shard_pb2.Step | None] = asyncio.Queue()
+
+    def put(self, step: shard_pb2.Step | None) -> None:
+        """See `Pipeline`."""
+        self._steps.put_nowait(step)
+
+    def close(self) -> None:
+        """See `Pipeline`."""
+        self.put(None)
+
+    async def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:
+        """See `Pipeline`."""
+        while (step := await self._steps.get()) is not None:
             launched: Launched | None = await self._launch(step)
             while launched is not None:
                 following = None
                 if launched.may_be_followed:
-                    following = await self._next_while(launched, steps)
+                    following = await self._next_while(launched)
                 yield await self._on_device(self._engine.finish, launched)
                 launched = following
 
-    async def _next_while(self, launched: Launched, steps: StepQueue) -> Launched | None:
+    async def _next_while(self, launched: Launched) -> Launched | None:
         """Wait until a step is computed; the next one, launched, if it has come by then."""
         computed = asyncio.ensure_future(asyncio.to_thread(self._engine.wait, launched))
-        arriving = asyncio.ensure_future(steps.get())
+        arriving = asyncio.ensure_future(self._steps.get())
         following = None
         try:
             await asyncio.wait((computed, arriving), return_when=asyncio.FIRST_COMPLETED)
             if arriving.done() and (step := arriving.result()) is not None:
                 following = await self._launch(step)
             elif arriving.done():
-                steps.put_nowait(None)
+                self.put(None)  # again, for who asks next
             await computed
         finally:
             arriving.cancel()
         return following
 
     async def _launch(self, step: shard_pb2.Step) -> Launched:
-        self._count(step)
+        self._counter.count(step)
         return await self._on_device(self._engine.launch, step)
-
-    def _count(self, step: shard_pb2.Step) -> None:
-        if step.step_id != self._next_step_id:
-            raise DivergenceError(f"got step {step.step_id}, expected {self._next_step_id}")
-        self._next_step_id += 1
 
     async def _on_device(self, work: Callable[[T], R], subject: T) -> R:
         loop = asyncio.get_running_loop()

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 from tessera.shard.errors import GroupLost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ def in_halves(work: Callable[[int, int], R], first: int, last: int) -> list[R]:
         logger.warning("out of memory for %d items at once; trying half", last - first)
     middle = (first + last) // 2
     return in_halves(work, first, middle) + in_halves(work, middle, last)
+
+
+def part_of(tensor: Tensor, first: int, last: int) -> Tensor:
+    """The rows [first, last); the tensor itself where that is all, as it nearly always is."""
+    return tensor if last - first == len(tensor) else tensor[first:last]
 
 
 def one_by_one(work: Callable[[T], R], items: Sequence[T]) -> list[R | str]:

@@ -9,6 +9,7 @@ the logits, counted row by row. All arithmetic is float32 on the device of the l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 """What `gumbel.draw` does, perhaps faster."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """One row to sample: what was asked, what came before."""
 
     params: SamplingParams
@@ -49,8 +49,7 @@ class SampleRow:
         return self.token_ids[self.num_prompt_tokens :]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The chosen token of one row."""
 
     token_id: int
@@ -93,7 +92,7 @@ class Choice:
                 for *pair, count in zip(ids, logprobs, self.top_counts, strict=True)
             ]
         rows = zip(self.ids_R.tolist(), self.logprobs_R.tolist(), tops, strict=True)
-        return [Sampled(*row) for row in rows]
+        return list(map(Sampled._make, rows))
 
 
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:

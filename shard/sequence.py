@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tessera.proto import shard_pb2
+from tessera.shard.sampler import SampleRow
 
 
 @dataclass(eq=False, slots=True)
@@ -22,3 +23,9 @@ class SequenceState:
     token_ids: "array[int]" = field(default_factory=lambda: array("q"))
     # Logits of the last chunk's last position: they score the next chunk's first token.
     carried_logits_V: Tensor | None = None
+    guided: bool = field(init=False)
+    unmasked: SampleRow = field(init=False)  # of these token ids, however many they become
+
+    def __post_init__(self) -> None:
+        self.guided = self.sampling.guided
+        self.unmasked = SampleRow(self.sampling, self.token_ids, self.num_prompt_tokens)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import grpc
 from tessera.proto import shard_pb2, shard_pb2_grpc
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
-from tessera.shard.pipeline import Pipeline, StepQueue
+from tessera.shard.pipeline import Pipeline, pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self._info = info
         self._warm_up = warm_up
         self._device_thread = device_thread
+        self._open: set[Pipeline] = set()
+
+    def close(self) -> None:
+        """Let go of the device's thread: a stream that is open is answered no more."""
+        for steps in self._open:
+            steps.close()
 
     async def Info(  # noqa: N802  (the name is the RPC's)
         self, request: shard_pb2.InfoRequest, context: Context
@@ -58,11 +65,13 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     ) -> AsyncIterator[shard_pb2.StepReply]:
         """Run steps in order until the router closes the stream."""
         loop = asyncio.get_running_loop()
-        steps: StepQueue = asyncio.Queue()
+        steps = pipeline(self._engine, self._device_thread)
+        self._open.add(steps)
         reading = asyncio.create_task(self._read(request_iterator, steps))
         try:
-            async for reply in Pipeline(self._engine, self._device_thread).replies(steps):
-                yield reply
+            async with aclosing(steps.replies()) as replies:
+                async for reply in replies:
+                    yield reply
         except DivergenceError as error:
             logger.error("router and shard have diverged: %s", error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -71,13 +80,14 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             await context.abort(grpc.StatusCode.INTERNAL, "a step failed; see the shard's log")
         finally:
             reading.cancel()
+            self._open.discard(steps)
             self._engine.masks.close()
             await loop.run_in_executor(self._device_thread, self._engine.reset)
 
     async def _read(
         self,
         messages: AsyncIterator[shard_pb2.StepMessage],
-        steps: StepQueue,
+        steps: Pipeline,
     ) -> None:
         """Sort what comes while steps run: masks belong to one that may be waiting for them."""
         try:
@@ -86,7 +96,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                     masks = {mask.sequence_id: mask.bitmask for mask in message.masks.masks}
                     self._engine.masks.put(message.masks.step_id, masks)
                 else:
-                    steps.put_nowait(message.step)
+                    steps.put(message.step)
         finally:
             self._engine.masks.close()
-            steps.put_nowait(None)
+            steps.put(None)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessera.proto import shard_pb2
 from tessera.shard.gumbel import draw
-from tessera.shard.resilience import in_halves, one_by_one
+from tessera.shard.resilience import in_halves, one_by_one, part_of
 from tessera.shard.sampler import Choice, Draw, Sampled, SampleRow, choose
 from tessera.shard.sequence import SequenceState
 from tessera.shard.survey import Survey, survey
@@ -60,10 +60,12 @@ def choose_tokens(
         masks: by sequence id, which tokens a guided sequence may get (`SampleRow.mask`).
         chosen_R: see `sampler.choose`.
     """
-    rows = [_sample_row(s, masks.get(s.sequence_id, b"")) for s in sequences]
+    rows = [s.unmasked for s in sequences]
+    if masks:
+        rows = [_masked(row, s, masks) for row, s in zip(rows, sequences, strict=True)]
 
     def choose_part(first: int, last: int) -> Choice:
-        return choose(logits_RV[first:last], rows[first:last], draw, chosen_R, survey)
+        return choose(part_of(logits_RV, first, last), rows[first:last], draw, chosen_R, survey)
 
     try:
         return ChosenTokens(sequences, in_halves(choose_part, 0, len(rows)))
@@ -85,13 +87,8 @@ def _none(device: torch.device) -> Choice:
     return Choice(zeros_R, zeros_R.float(), zeros_R == 0, None, (0,))
 
 
-def _sample_row(sequence: SequenceState, mask: bytes) -> SampleRow:
-    return SampleRow(
-        params=sequence.sampling,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        mask=mask,
-    )
+def _masked(row: SampleRow, sequence: SequenceState, masks: Mapping[int, bytes]) -> SampleRow:
+    return row._replace(mask=masks.get(sequence.sequence_id, b""))
 
 
 def report_token(reply: shard_pb2.StepReply, sequence_id: int, token: Sampled) -> None:

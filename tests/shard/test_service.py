@@ -185,6 +185,53 @@ def test_a_router_that_leaves_does_not_leave_a_step_waiting() -> None:
     assert engine.missed and engine.resets == 1
 
 
+def test_a_router_that_leaves_takes_its_steps_with_it() -> None:
+    class Slow(EchoEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.started, self.may_end, self.ran = threading.Event(), threading.Event(), 0
+
+        def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
+            self.started.set()
+            self.ran += 1
+            assert self.may_end.wait(20)
+            return super().run(step)
+
+    engine = Slow()
+
+    async def use(stub: shard_pb2_grpc.ShardStub) -> None:
+        stream = stub.Steps()
+        for number in range(3):
+            await stream.write(shard_pb2.StepMessage(step=step(number)))
+        assert await asyncio.to_thread(engine.started.wait, 20)
+        stream.cancel()
+        while not engine.masks._is_closed:
+            await asyncio.sleep(0.01)
+        engine.may_end.set()
+
+    with_service(engine, use)
+    assert engine.ran == 1 and engine.resets == 1
+
+
+def test_a_shard_that_ends_does_not_wait_for_its_router() -> None:
+    async def go() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            service = ShardService(EchoEngine(), shard_pb2.InfoReply(), no_memory, thread)  # type: ignore[arg-type]
+
+            async def silent() -> AsyncIterator[shard_pb2.StepMessage]:
+                await asyncio.sleep(60)
+                yield shard_pb2.StepMessage()
+
+            stream = service.Steps(silent(), None)  # type: ignore[arg-type]
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            service.close()
+            with pytest.raises(StopAsyncIteration):
+                await first
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
 def test_closing_the_stream_releases_every_sequence() -> None:
     engine = EchoEngine()
     with_service(engine, lambda stub: replies(stub, step(0, 1)))
