@@ -1,5 +1,7 @@
 """The real launcher around stub processes."""
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,4 +22,6 @@ def planner(settings: Settings, devices: Devices, place: Place) -> list[ProcessS
 
 
 if __name__ == "__main__":
+    # Not what the tests themselves were started with.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if "NOHUP" in os.environ else signal.SIG_DFL)
     sys.exit(main(planner=planner))

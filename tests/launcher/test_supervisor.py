@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import time
 import urllib.request
 
 import psutil
@@ -38,6 +39,16 @@ def test_a_signal_ends_it_with_zero_and_nothing_left(launch: Launch, number: int
     launched.assert_nothing_left(pids)
     with pytest.raises(OSError):
         get(launched)
+
+
+def test_a_hang_up_that_is_ignored_ends_nothing(launch: Launch) -> None:
+    launched = launch(NOHUP="1")
+    launched.await_log("ready: ")
+    launched.process.send_signal(signal.SIGHUP)
+    time.sleep(1)  # enough to begin to stop
+    assert "stopping" not in launched.log and get(launched) == "served"
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.await_end() == 0 and "stopping" in launched.log
 
 
 def test_a_signal_ends_it_while_loading(launch: Launch) -> None:
