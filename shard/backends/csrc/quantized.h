@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "prefetch.h"
 #include "vector.h"
 
 namespace tessera {
@@ -16,8 +17,7 @@ typedef uint8_t Quads __attribute__((vector_size(4 * LANES)));
 
 constexpr int PARTS = QUANTIZED_OUT / LANES;  // vectors of one value per output row
 constexpr int QUADS = QUANTIZED_GROUP / 4;    // four codes of each output row lie together
-constexpr int64_t CACHE_LINE = 64;
-constexpr int64_t AHEAD = 2048;               // bytes of the weight that are fetched early
+constexpr int64_t AHEAD = 16384;              // bytes of the weight between what is used and asked for
 
 // Adds to each lane the products of its four codes with the four bytes of `x`.
 inline Ints add_products(Ints sums, Quads codes, int32_t x) {
@@ -59,8 +59,8 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // ROWS rows of the input against one block of outputs.
 template <int ROWS, int BITS>
-__attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const uint8_t* weight, int64_t first_row,
-                          float* out) {
+__attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const uint8_t* weight,
+                                             int64_t first_row, float* out) {
   constexpr int CHAINS = ROWS > 2 ? 1 : 4 / ROWS;  // of additions that wait for each other
   Floats totals[ROWS][PARTS] = {};
   const int32_t* x[ROWS];
@@ -69,13 +69,9 @@ __attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const ui
   }
   const float* scales = args.scales_TG + first_row * args.num_groups;
   const float* sums = args.sums_TG + first_row * args.num_groups;
+  // Where reading is all that takes time, the processor foresees it, and asking would delay it.
+  constexpr bool ASKS = ROWS * 8 / BITS >= 4;
   for (int64_t g = 0; g < args.num_groups; g++) {
-    // Where reading is all that takes time, the processor foresees it, and asking would delay it.
-    if constexpr (ROWS * 8 / BITS >= 8) {
-      for (int64_t i = 0; i < quantized_group_bytes(BITS); i += CACHE_LINE) {
-        __builtin_prefetch(weight + AHEAD + i);
-      }
-    }
     const uint8_t* scale_at = weight + QUADS * 4 * QUANTIZED_OUT * BITS / 8;
     const uint8_t* zero_at = scale_at + 2 * QUANTIZED_OUT;
     for (int part = 0; part < PARTS; part++) {
@@ -83,6 +79,7 @@ __attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const ui
       for (int quad = 0; quad < QUADS * BITS / 8; quad++) {
         const int at = (quad * PARTS + part) * 4 * LANES;
         Quads codes = load_raw<Quads>(weight + at);
+        if constexpr (ASKS) __builtin_prefetch(weight + at + AHEAD, 0, IN_L2);
         if constexpr (BITS == 8) {
           for (int r = 0; r < ROWS; r++) {
             dots[quad % CHAINS][r] =
@@ -97,6 +94,7 @@ __attribute__((noinline)) void multiply_rows(const QuantizedArgs& args, const ui
           }
         }
       }
+      if constexpr (ASKS) __builtin_prefetch(scale_at + AHEAD, 0, IN_L2);
       Floats scale = from_half(scale_at + part * 2 * LANES);
       Floats zero = from_half(zero_at + part * 2 * LANES);
       for (int r = 0; r < ROWS; r++) {
