@@ -271,7 +271,7 @@ class Step(_message.Message):
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]: ...
     @_builtins.property
-    def decodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeRow]: ...
+    def decodes(self) -> Global___Decodes: ...
     def __init__(
         self,
         *,
@@ -280,9 +280,9 @@ class Step(_message.Message):
         released_images: _abc.Iterable[_builtins.bytes] | None = ...,
         images: _abc.Iterable[Global___Image] | None = ...,
         chunks: _abc.Iterable[Global___Chunk] | None = ...,
-        decodes: _abc.Iterable[Global___DecodeRow] | None = ...,
+        decodes: Global___Decodes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decodes", b"decodes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "decodes", b"decodes", "images", b"images", "released_images", b"released_images", "released_sequence_ids", b"released_sequence_ids", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -430,39 +430,71 @@ class Chunk(_message.Message):
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
-class DecodeRow(_message.Message):
-    """One more token for a sequence whose prompt is in the cache."""
+class Decodes(_message.Message):
+    """One more token for each of some sequences whose prompts are in the cache: nearly all that most
+    steps are. Columns of equal length, because Python takes a microsecond for each row of messages.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
-    CONTEXT_LEN_FIELD_NUMBER: _builtins.int
-    NEW_BLOCK_IDS_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
-    token_id: _builtins.int
-    """absent: the token this shard sampled last for it"""
-    context_len: _builtins.int
-    """tokens in the cache once this one is written"""
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENS_FIELD_NUMBER: _builtins.int
+    NEW_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def new_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """-1: the token this shard sampled last for it"""
+
+    @_builtins.property
+    def context_lens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """tokens in the cache once this one is written"""
+
+    @_builtins.property
+    def new_blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewBlocks]:
+        """of the sequences that grow"""
+
+    def __init__(
+        self,
+        *,
+        sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        context_lens: _abc.Iterable[_builtins.int] | None = ...,
+        new_blocks: _abc.Iterable[Global___NewBlocks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_lens", b"context_lens", "new_blocks", b"new_blocks", "sequence_ids", b"sequence_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decodes: _TypeAlias = Decodes  # noqa: Y015
+
+@_typing.final
+class NewBlocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """appended to the sequence's block table"""
+
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
-        token_id: _builtins.int | None = ...,
-        context_len: _builtins.int = ...,
-        new_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "token_id", b"token_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "context_len", b"context_len", "new_block_ids", b"new_block_ids", "sequence_id", b"sequence_id", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__token_id: _TypeAlias = _typing.Literal["token_id"]  # noqa: Y015
-    _WhichOneofArgType__token_id: _TypeAlias = _typing.Literal["_token_id", b"_token_id"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_id) -> _WhichOneofReturnType__token_id | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DecodeRow: _TypeAlias = DecodeRow  # noqa: Y015
+Global___NewBlocks: _TypeAlias = NewBlocks  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
@@ -591,8 +623,8 @@ class StepReply(_message.Message):
     forward_ns: _builtins.int
     sample_ns: _builtins.int
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampledToken]:
-        """rank 0 only; one per last chunk and decode row"""
+    def tokens(self) -> Global___SampledTokens:
+        """rank 0 only; one per decode row and last chunk"""
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]: ...
@@ -602,14 +634,14 @@ class StepReply(_message.Message):
         self,
         *,
         step_id: _builtins.int = ...,
-        tokens: _abc.Iterable[Global___SampledToken] | None = ...,
+        tokens: Global___SampledTokens | None = ...,
         prompt_logprobs: _abc.Iterable[Global___PromptLogprobs] | None = ...,
         failures: _abc.Iterable[Global___SequenceFailure] | None = ...,
         vision_ns: _builtins.int = ...,
         forward_ns: _builtins.int = ...,
         sample_ns: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "forward_ns", b"forward_ns", "prompt_logprobs", b"prompt_logprobs", "sample_ns", b"sample_ns", "step_id", b"step_id", "tokens", b"tokens", "vision_ns", b"vision_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -618,35 +650,40 @@ class StepReply(_message.Message):
 Global___StepReply: _TypeAlias = StepReply  # noqa: Y015
 
 @_typing.final
-class SampledToken(_message.Message):
+class SampledTokens(_message.Message):
+    """Columns of equal length, as in Decodes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
-    LOGPROB_FIELD_NUMBER: _builtins.int
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_TOKENS_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
-    token_id: _builtins.int
-    logprob: _builtins.float
     @_builtins.property
-    def top_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """most likely first"""
+    def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def top_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopTokens]:
+        """one per token, or none where nobody asked"""
 
     def __init__(
         self,
         *,
-        sequence_id: _builtins.int = ...,
-        token_id: _builtins.int = ...,
-        logprob: _builtins.float = ...,
-        top_tokens: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        top_tokens: _abc.Iterable[Global___TopTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "sequence_id", b"sequence_id", "token_id", b"token_id", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "sequence_ids", b"sequence_ids", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SampledToken: _TypeAlias = SampledToken  # noqa: Y015
+Global___SampledTokens: _TypeAlias = SampledTokens  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):

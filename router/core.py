@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count
 
 from tessera.proto import shard_pb2
+from tessera.proto.columns import SampledToken, sampled_tokens
 from tessera.router.blocks import BlockPool
 from tessera.router.errors import GenerationError, NotReadyError, OverloadedError, RouterError
 from tessera.router.generation import ServingLimits
@@ -304,13 +305,13 @@ class Core:
             if flight := self._in_flight.get(scored.sequence_id):
                 flight.add_prompt_logprobs(scored)
         now = time.perf_counter()
-        for token in reply.tokens:
+        for token in sampled_tokens(reply):
             if flight := self._in_flight.get(token.sequence_id):
                 scheduler.append_token(flight.sequence, token.token_id)
                 self._tell(flight, token, now)
         self._masks.compute()
 
-    def _tell(self, flight: InFlight, token: shard_pb2.SampledToken, now: float) -> None:
+    def _tell(self, flight: InFlight, token: SampledToken, now: float) -> None:
         try:
             if flight.tell(token, now):
                 self.cancel(flight.sequence)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from tessera.proto import shard_pb2
+from tessera.proto.columns import SampledToken
 from tessera.router.errors import RouterError
 from tessera.router.generation import MOST_AT_ONCE
 from tessera.router.metrics.requests import RequestMetrics
@@ -126,7 +127,7 @@ class InFlight:
         logprobs = scored.logprobs[known:]
         self._prompt_scores += zip(logprobs, tops or [()] * len(logprobs), strict=True)
 
-    def tell(self, token: shard_pb2.SampledToken, now: float) -> bool:
+    def tell(self, token: SampledToken, now: float) -> bool:
         """Tell the client about one more token; returns whether it was the last."""
         progress, request = self._progress, self.sequence.request
         if progress.last_token_at is None:

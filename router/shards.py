@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from tessera.proto import shard_pb2, shard_pb2_grpc
+from tessera.proto.columns import SAMPLED_LAST
 from tessera.router.request import SamplingParams
 from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
 from tessera.router.sequence import Sequence
@@ -276,16 +277,20 @@ def step_message(plan: StepPlan, step_id: int) -> shard_pb2.Step:
             for image in plan.images
         ],
         chunks=[_chunk_message(chunk) for chunk in plan.chunks],
-        decodes=[_decode_message(row) for row in plan.decodes],
+        decodes=_decodes_message(plan.decodes),
     )
 
 
-def _decode_message(row: DecodePlan) -> shard_pb2.DecodeRow:
-    return shard_pb2.DecodeRow(
-        sequence_id=row.sequence.sequence_id,
-        token_id=row.token_id,
-        context_len=row.context_len,
-        new_block_ids=row.new_block_ids,
+def _decodes_message(rows: Seq[DecodePlan]) -> shard_pb2.Decodes:
+    return shard_pb2.Decodes(
+        sequence_ids=[row.sequence.sequence_id for row in rows],
+        token_ids=[SAMPLED_LAST if row.token_id is None else row.token_id for row in rows],
+        context_lens=[row.context_len for row in rows],
+        new_blocks=[
+            shard_pb2.NewBlocks(sequence_id=row.sequence.sequence_id, block_ids=row.new_block_ids)
+            for row in rows
+            if row.new_block_ids
+        ],
     )
 
 

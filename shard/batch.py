@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
+from tessera.proto.columns import SAMPLED_LAST
 from tessera.shard.backends.base import LastRows, StepLayout
 from tessera.shard.errors import DivergenceError
 from tessera.shard.kv_cache import BlockTables
@@ -91,8 +92,7 @@ class BatchBuilder:
             DivergenceError: the step speaks of a sequence or position this shard does not have.
         """
         rows = _Rows()
-        for row in step.decodes:
-            self._add_decode(row, rows)
+        self._add_decodes(step.decodes, rows)
         for chunk in step.chunks:
             self._add_chunk(chunk, rows)
         if not rows.ids:
@@ -110,28 +110,35 @@ class BatchBuilder:
             prompt_spans=rows.prompt_spans,
         )
 
-    def _add_decode(self, row: shard_pb2.DecodeRow, rows: "_Rows") -> None:
-        sequence, context_len = self.sequences.get(row.sequence_id), row.context_len
-        if sequence is None or context_len != sequence.context_len + 1:
-            have = "no such sequence" if sequence is None else f"{sequence.context_len} tokens"
-            raise DivergenceError(
-                f"sequence {row.sequence_id}: asked for context {context_len}, have {have}"
-            )
-        position = sequence.context_len
-        if row.HasField("token_id"):
-            del sequence.token_ids[position:]
-            sequence.token_ids.append(row.token_id)
-        if row.new_block_ids:
-            self._grow(sequence, list(row.new_block_ids))
-        token_id = sequence.token_ids[position]
-        rows.ids.append(token_id)
-        if is_placeholder(token_id):
-            rows.has_unread = True
-        rows.positions.append(position)
-        rows.slots.append(self._tables.slot(sequence.table_row, position))
-        sequence.context_len = context_len
-        rows.end_span(sequence)
-        rows.sample(sequence)
+    def _add_decodes(self, decodes: shard_pb2.Decodes, rows: "_Rows") -> None:
+        for grown in decodes.new_blocks:
+            self._grow(self._known(grown.sequence_id), list(grown.block_ids))
+        columns = (decodes.sequence_ids, decodes.token_ids, decodes.context_lens)
+        for sequence_id, token_id, context_len in zip(*columns, strict=True):
+            sequence = self._known(sequence_id)
+            position = sequence.context_len
+            if context_len != position + 1:
+                raise DivergenceError(
+                    f"sequence {sequence_id}: asked for context {context_len}, have {position}"
+                )
+            if token_id != SAMPLED_LAST:
+                del sequence.token_ids[position:]
+                sequence.token_ids.append(token_id)
+            token_id = sequence.token_ids[position]
+            rows.ids.append(token_id)
+            if is_placeholder(token_id):
+                rows.has_unread = True
+            rows.positions.append(position)
+            rows.slots.append(self._tables.slot(sequence.table_row, position))
+            sequence.context_len = context_len
+            rows.end_span(sequence)
+            rows.sample(sequence)
+
+    def _known(self, sequence_id: int) -> SequenceState:
+        sequence = self.sequences.get(sequence_id)
+        if sequence is None:
+            raise DivergenceError(f"sequence {sequence_id}: no such sequence")
+        return sequence
 
     def _add_chunk(self, chunk: shard_pb2.Chunk, rows: "_Rows") -> None:
         sequence = self._chunk_sequence(chunk)

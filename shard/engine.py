@@ -23,7 +23,7 @@ from tessera.shard.models.base import ImageTiles, Model, Placement
 from tessera.shard.prompt_scores import score_prompt
 from tessera.shard.resilience import in_halves, one_by_one, part_of
 from tessera.shard.sequence import SequenceState
-from tessera.shard.token_choice import choose_tokens, report_token
+from tessera.shard.token_choice import choose_tokens, report_tokens
 from tessera.shard.token_masks import TokenMaskBox
 from tessera.shard.unread_tokens import is_placeholder, placeholder
 from tessera.shard.upload import upload
@@ -226,9 +226,8 @@ class Engine:
         ):
             if is_placeholder(sequence.token_ids[place]):  # the router may have named another
                 sequence.token_ids[place] = token_id
-        for sequence, token in zip(batch.sampled, sampled, strict=False):
-            if sequence.sequence_id not in launched.failures:
-                report_token(launched.reply, sequence.sequence_id, token)
+        if sampled:
+            report_tokens(launched.reply, batch.sampled, sampled, launched.failures)
 
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero.

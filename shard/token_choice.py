@@ -91,10 +91,22 @@ def _masked(row: SampleRow, sequence: SequenceState, masks: Mapping[int, bytes])
     return row._replace(mask=masks.get(sequence.sequence_id, b""))
 
 
-def report_token(reply: shard_pb2.StepReply, sequence_id: int, token: Sampled) -> None:
-    """Tell the router about one token."""
-    entry = reply.tokens.add(
-        sequence_id=sequence_id, token_id=token.token_id, logprob=token.logprob
-    )
-    for token_id, logprob in token.top_tokens:
-        entry.top_tokens.add(token_id=token_id, logprob=logprob)
+def report_tokens(
+    reply: shard_pb2.StepReply,
+    sequences: Sequence[SequenceState],
+    tokens: Sequence[Sampled],
+    failures: Mapping[int, str],
+) -> None:
+    """Tell the router about a token for each sequence, but for those that failed."""
+    rows = list(zip(sequences, tokens, strict=True))
+    if failures:
+        rows = [(s, token) for s, token in rows if s.sequence_id not in failures]
+    columns = reply.tokens
+    columns.sequence_ids.extend([s.sequence_id for s, _ in rows])
+    columns.token_ids.extend([token.token_id for _, token in rows])
+    columns.logprobs.extend([token.logprob for _, token in rows])
+    if any(token.top_tokens for _, token in rows):
+        for _, token in rows:
+            top = columns.top_tokens.add()
+            for token_id, logprob in token.top_tokens:
+                top.tokens.add(token_id=token_id, logprob=logprob)

@@ -7,6 +7,7 @@ from random import Random
 
 from benchmark.steps.work import Sizes, Work
 from tessera.proto import shard_pb2
+from tessera.proto.columns import SAMPLED_LAST
 
 BLOCK_SIZE = 16
 STEPS_PER_ROUND = 8  # decode steps in a row, in the middle of which the context is the case's
@@ -112,10 +113,12 @@ class StepWriter:
         return step
 
     def _decode(self, context: int) -> shard_pb2.Step:
-        step = shard_pb2.Step(step_id=next(self._step_ids))
-        for sequence_id in self._live:
-            step.decodes.add(sequence_id=sequence_id, context_len=context)
-        return step
+        decodes = shard_pb2.Decodes(
+            sequence_ids=self._live,
+            token_ids=[SAMPLED_LAST] * len(self._live),
+            context_lens=[context] * len(self._live),
+        )
+        return shard_pb2.Step(step_id=next(self._step_ids), decodes=decodes)
 
     def _picture(self, tiles: int) -> shard_pb2.Step:
         """One picture; beside the overview its tiles stand in a column, or two by two for four."""

@@ -14,6 +14,7 @@ from tessera.shard.models.base import Placement
 from tessera.shard.parallel import Group
 from tessera.shard.warmup import warm_up
 from tests.shard.backends.test_launching import SAMPLING, prompt, steps
+from tests.step_columns import DecodeRow, columns
 
 MAX_CONTEXT = 320
 REQUEST = shard_pb2.WarmupRequest(
@@ -45,10 +46,10 @@ def run(engine: Engine, steps: list[shard_pb2.Step]) -> list[list[int]]:
     for step in steps:
         following = engine.launch(step)
         if under_way is not None:
-            tokens.append([token.token_id for token in engine.finish(under_way).tokens])
+            tokens.append(list(engine.finish(under_way).tokens.token_ids))
         under_way = following
     assert under_way is not None
-    tokens.append([token.token_id for token in engine.finish(under_way).tokens])
+    tokens.append(list(engine.finish(under_way).tokens.token_ids))
     engine.reset()
     return tokens
 
@@ -66,7 +67,7 @@ def test_the_own_kernels_are_used(engine: Engine) -> None:
 @pytest.mark.parametrize("name", SAMPLING)
 def test_tokens_are_those_of_the_reference(engine: Engine, reference: Engine, name: str) -> None:
     sampling = shard_pb2.SamplingParams(**SAMPLING[name])  # type: ignore[arg-type]
-    expected = [[t.token_id for t in reference.run(step).tokens] for step in steps(sampling)]
+    expected = [list(reference.run(step).tokens.token_ids) for step in steps(sampling)]
     reference.reset()
     assert run(engine, steps(sampling)) == expected
 
@@ -76,10 +77,8 @@ def many(count: int, answer: int) -> list[shard_pb2.Step]:
     greedy = shard_pb2.SamplingParams()
     made = [shard_pb2.Step(chunks=[prompt(n, 5, greedy) for n in range(count)])]
     for number in range(1, answer):
-        step = shard_pb2.Step(step_id=number)
-        for n in range(count):
-            step.decodes.add(sequence_id=n, context_len=5 + number)
-        made.append(step)
+        rows = [DecodeRow(sequence_id=n, context_len=5 + number) for n in range(count)]
+        made.append(shard_pb2.Step(step_id=number, decodes=columns(*rows)))
     return made
 
 

@@ -17,6 +17,7 @@ from tessera.router.request import Request, SamplingParams, StoppingParams, Toke
 from tessera.router.scheduler import StepPlan
 from tessera.router.sequence import Sequence
 from tessera.router.tokenizer import Tokenizer
+from tests.step_columns import add_token
 
 EOS = 2
 SOON_S = 10.0
@@ -136,7 +137,7 @@ class GuidedShards:
         if len(tokens) - len(prompt) == self._fails_at.get(prompt):
             reply.failures.add(sequence_id=sequence_id, message="not finite")
         else:
-            reply.tokens.add(sequence_id=sequence_id, token_id=token_id)
+            add_token(reply, sequence_id=sequence_id, token_id=token_id)
 
     def _choose(self, tokens: list[int], mask: bytes) -> int:
         chance = random.Random(crc32(array("I", tokens)))

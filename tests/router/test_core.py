@@ -20,6 +20,7 @@ from tessera.router.scheduler import SchedulerLimits, StepPlan
 from tessera.router.shards import ShardsLost
 from tessera.router.tokenizer import Tokenizer
 from tests.router.scrape import metric
+from tests.step_columns import add_token
 
 T = TypeVar("T")
 EOS = 2
@@ -58,7 +59,7 @@ class ScriptedShards:
                 continue
             count = self.generated[number] = self.generated.get(number, 0) + 1
             token_id = EOS if count == self.eos_after.get(number) else 299 + count
-            reply.tokens.add(sequence_id=number, token_id=token_id, logprob=-0.5)
+            add_token(reply, sequence_id=number, token_id=token_id, logprob=-0.5)
         for chunk in plan.chunks:
             if chunk.sequence.request.sampling.prompt_logprobs:
                 scores = [-float(p) for p in range(max(1, chunk.first), chunk.last)]

@@ -27,6 +27,7 @@ from tessera.router.scheduler import SchedulerLimits, StepPlan
 from tessera.router.sequence import Sequence
 from tessera.router.shards import ShardsLost
 from tessera.router.tokenizer import Tokenizer
+from tests.step_columns import add_token
 
 EOS, FIRST_ID, NUM_IDS, STOP_ID = 2, 300, 23, 305
 BLOCK_SIZE = 4
@@ -103,7 +104,7 @@ class ModelShards:
         if len(tokens) - len(client.prompt) == client.fails_at:
             reply.failures.add(sequence_id=sequence.sequence_id, message="not finite")
         else:
-            reply.tokens.add(sequence_id=sequence.sequence_id, token_id=token_id)
+            add_token(reply, sequence_id=sequence.sequence_id, token_id=token_id)
 
 
 def next_token(tokens: list[int]) -> int:

@@ -19,6 +19,7 @@ from tessera.router.request import (
 from tessera.router.scheduler import ChunkPlan, DecodePlan, StepPlan
 from tessera.router.sequence import Sequence
 from tessera.router.shards import RankState, ShardGroup, ShardsLost, WarmupFailed, step_message
+from tests.step_columns import add_token, decode_rows
 
 T = TypeVar("T")
 IMAGE = PreparedImage(bytes(16), 10, 20, 1, b"\1" * 48, num_tokens=6)
@@ -131,11 +132,11 @@ class FakeRank(shard_pb2_grpc.ShardServicer):
             if self.fault == "ends":
                 return
             reply = shard_pb2.StepReply(step_id=step.step_id + (self.fault == "skips"))
-            for row in step.decodes:
-                reply.tokens.add(sequence_id=row.sequence_id, token_id=row.token_id + self.rank)
+            for row in decode_rows(step):
+                add_token(reply, sequence_id=row.sequence_id, token_id=row.token_id + self.rank)
             if self.fault == "guided":
                 for mask in (await anext(messages)).masks.masks:
-                    reply.tokens.add(sequence_id=mask.sequence_id, token_id=mask.bitmask[0])
+                    add_token(reply, sequence_id=mask.sequence_id, token_id=mask.bitmask[0])
             yield reply
 
 
@@ -178,7 +179,7 @@ async def two_steps(group: ShardGroup) -> list[int]:
     for token in (7, 8):
         row = DecodePlan(make_sequence(), token, 21, ())
         reply = await group.receive(await group.send(StepPlan(decodes=[row])))
-        tokens += [sampled.token_id for sampled in reply.tokens]
+        tokens += list(reply.tokens.token_ids)
     return tokens
 
 
@@ -194,7 +195,7 @@ def test_masks_go_to_rank_0_alone_while_it_computes_their_step(tmp_path: Path) -
             step_id = await group.send(StepPlan(released_sequence_ids=[1]))
             await group.send_masks(step_id, {7: bytes([40 + number]), 8: b"x"})
             reply = await group.receive(step_id)
-            tokens.append({token.sequence_id: token.token_id for token in reply.tokens})
+            tokens.append(dict(zip(reply.tokens.sequence_ids, reply.tokens.token_ids, strict=True)))
         return tokens
 
     got = with_ranks(tmp_path, ("guided", ""), guided_steps)

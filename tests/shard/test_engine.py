@@ -18,6 +18,7 @@ from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
 from tessera.shard.sampler import Choice, SampleRow, choose
 from tessera.shard.warmup import warm_up
+from tests.step_columns import DecodeRow, columns
 
 VOCABULARY = 32
 BLOCK_SIZE = 4
@@ -104,14 +105,14 @@ def chunk(
 
 
 def tokens(reply: shard_pb2.StepReply) -> dict[int, int]:
-    return {token.sequence_id: token.token_id for token in reply.tokens}
+    return dict(zip(reply.tokens.sequence_ids, reply.tokens.token_ids, strict=True))
 
 
 def test_decode_goes_on_from_the_token_sampled_last(engine: Engine, model: TableModel) -> None:
     first = tokens(engine.run(shard_pb2.Step(chunks=[chunk(1, [5, 6])])))[1]
     assert first == int(model.table_VV[6].argmax())
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=3)
-    assert tokens(engine.run(shard_pb2.Step(decodes=[row])))[1] == int(
+    row = DecodeRow(sequence_id=1, context_len=3)
+    assert tokens(engine.run(shard_pb2.Step(decodes=columns(row))))[1] == int(
         model.table_VV[first].argmax()
     )
 
@@ -120,16 +121,18 @@ def test_a_token_the_router_names_wins_over_the_one_sampled_last(
     engine: Engine, model: TableModel
 ) -> None:
     engine.run(shard_pb2.Step(chunks=[chunk(1, [5, 6])]))
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=3, token_id=9)
-    assert tokens(engine.run(shard_pb2.Step(decodes=[row])))[1] == int(model.table_VV[9].argmax())
+    row = DecodeRow(sequence_id=1, context_len=3, token_id=9)
+    assert tokens(engine.run(shard_pb2.Step(decodes=columns(row))))[1] == int(
+        model.table_VV[9].argmax()
+    )
 
 
 def test_layout_of_a_mixed_step(engine: Engine, model: TableModel) -> None:
     engine.run(shard_pb2.Step(chunks=[chunk(1, [1, 2, 3])]))
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=4)
-    engine.run(shard_pb2.Step(decodes=[row], chunks=[chunk(0, [7] * 6, is_last=False)]))
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=5, new_block_ids=[17])
-    engine.run(shard_pb2.Step(decodes=[row], chunks=[chunk(0, [8] * 5, 6)]))
+    row = DecodeRow(sequence_id=1, context_len=4)
+    engine.run(shard_pb2.Step(decodes=columns(row), chunks=[chunk(0, [7] * 6, is_last=False)]))
+    row = DecodeRow(sequence_id=1, context_len=5, new_block_ids=[17])
+    engine.run(shard_pb2.Step(decodes=columns(row), chunks=[chunk(0, [8] * 5, 6)]))
     layout = model.layouts[-1]
     assert layout.positions_T.tolist() == [4, 6, 7, 8, 9, 10]
     assert layout.query_start == (0, 1, 6) and layout.context_lens == (5, 11)
@@ -176,7 +179,7 @@ def test_no_room_for_a_single_token_fails_the_sequence_with_the_setting_to_lower
 ) -> None:
     model.room = 0
     reply = engine.run(shard_pb2.Step(chunks=[chunk(0, [5])]))
-    assert "MAX_BATCH_PREFILL_TOKENS" in reply.failures[0].message and not reply.tokens
+    assert "MAX_BATCH_PREFILL_TOKENS" in reply.failures[0].message and not reply.tokens.token_ids
 
 
 def make_image(content_hash: bytes, pixel: int) -> shard_pb2.Image:
@@ -230,7 +233,7 @@ def test_features_stay_until_released(engine: Engine) -> None:
     engine.run(shard_pb2.Step(released_sequence_ids=[0], released_images=[b"a" * 16]))
     reply = engine.run(image_step(b"a" * 16, with_pixels=False))
     assert "needs 5 features, the shard has 0" in reply.failures[0].message
-    assert not reply.tokens
+    assert not reply.tokens.token_ids
 
 
 def test_a_sequence_may_start_behind_blocks_that_others_computed(
@@ -277,7 +280,7 @@ def test_prompt_logprobs_are_the_models_whatever_the_chunks(
 @pytest.mark.parametrize(
     "step",
     [
-        shard_pb2.Step(decodes=[shard_pb2.DecodeRow(sequence_id=5, context_len=3)]),
+        shard_pb2.Step(decodes=columns(DecodeRow(sequence_id=5, context_len=3))),
         shard_pb2.Step(chunks=[chunk(0, [1], first=4, sampling=None)]),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
+from tessera.proto.columns import sampled_tokens
 from tessera.shard.backends.base import LayerCache, Recording, StepLayout
 from tessera.shard.backends.reference import ReferenceBackend
 from tessera.shard.decode_graphs import batch_sizes
@@ -20,6 +21,7 @@ from tessera.shard.models.base import Placement
 from tessera.shard.parallel import Group
 from tessera.shard.warmup import warm_up
 from tests.shard.test_engine import BLOCK_SIZE, POISON, TableModel, chunk, request
+from tests.step_columns import DecodeRow, columns
 
 CPU = torch.device("cpu")
 LONG = 12  # tokens of an answer
@@ -94,10 +96,12 @@ def steps() -> list[shard_pb2.Step]:
     """Prompts that join one after the other, then all decode; the router names no token."""
     made, chunks = [], prompts()
     for number in range(LONG + len(chunks)):
-        step = shard_pb2.Step(step_id=number)
-        for n in range(min(number, len(chunks))):
-            if number - n <= LONG:
-                step.decodes.add(sequence_id=n, context_len=3 + number - n)
+        rows = [
+            DecodeRow(sequence_id=n, context_len=3 + number - n)
+            for n in range(min(number, len(chunks)))
+            if number - n <= LONG
+        ]
+        step = shard_pb2.Step(step_id=number, decodes=columns(*rows))
         step.chunks.extend(chunks[number : number + 1])
         made.append(step)
     return made
@@ -120,7 +124,7 @@ def one_ahead(engine: Engine) -> list[shard_pb2.StepReply]:
 
 
 def told(replies: list[shard_pb2.StepReply]) -> list[tuple[object, ...]]:
-    return [(reply.step_id, list(reply.tokens), list(reply.failures)) for reply in replies]
+    return [(reply.step_id, list(sampled_tokens(reply)), list(reply.failures)) for reply in replies]
 
 
 def test_tokens_are_those_of_a_host_that_reads_each_step_first() -> None:
@@ -167,8 +171,8 @@ def test_prompts_and_long_tables_are_not_replayed() -> None:
     for recording in backend.recorded:
         recording.replay = lambda: pytest.fail("replayed")  # type: ignore[misc]
     engine.run(shard_pb2.Step(chunks=[chunk(0, [1, 2, 3] * 4)]))
-    row = shard_pb2.DecodeRow(sequence_id=0, context_len=13, new_block_ids=[3])
-    assert engine.run(shard_pb2.Step(decodes=[row])).tokens
+    row = DecodeRow(sequence_id=0, context_len=13, new_block_ids=[3])
+    assert engine.run(shard_pb2.Step(decodes=columns(row))).tokens.token_ids
 
 
 def test_guided_steps_are_finished_before_the_next() -> None:
@@ -177,32 +181,32 @@ def test_guided_steps_are_finished_before_the_next() -> None:
     launched = engine.launch(shard_pb2.Step(chunks=[chunk(1, [5, 6], sampling=sampling)]))
     assert not launched.may_be_followed
     engine.masks.put(0, {1: (1 << 30).to_bytes(4, "little")})
-    assert [token.token_id for token in engine.finish(launched).tokens] == [30]
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=3)
-    following = engine.launch(shard_pb2.Step(step_id=1, decodes=[row]))
+    assert list(engine.finish(launched).tokens.token_ids) == [30]
+    row = DecodeRow(sequence_id=1, context_len=3)
+    following = engine.launch(shard_pb2.Step(step_id=1, decodes=columns(row)))
     engine.masks.put(1, {1: (1 << 29).to_bytes(4, "little")})
-    assert [token.token_id for token in engine.finish(following).tokens] == [29]
+    assert list(engine.finish(following).tokens.token_ids) == [29]
 
 
 def test_a_sequence_that_fails_fails_alone_though_it_was_in_the_next_step_too() -> None:
     engine = engine_of(AheadBackend())
     first = engine.launch(shard_pb2.Step(chunks=[chunk(0, [POISON]), chunk(1, [4])]))
-    rows = [shard_pb2.DecodeRow(sequence_id=n, context_len=2) for n in (0, 1)]
-    second = engine.launch(shard_pb2.Step(step_id=1, decodes=rows))
+    rows = [DecodeRow(sequence_id=n, context_len=2) for n in (0, 1)]
+    second = engine.launch(shard_pb2.Step(step_id=1, decodes=columns(*rows)))
     for launched in (first, second):
         reply = engine.finish(launched)
-        assert [token.sequence_id for token in reply.tokens][-1] == 1
+        assert list(reply.tokens.sequence_ids)[-1] == 1
         assert 0 in [failure.sequence_id for failure in reply.failures] or launched is second
 
 
 def test_sequences_that_are_released_while_a_step_is_under_way() -> None:
     engine = engine_of(AheadBackend())
     first = engine.launch(shard_pb2.Step(chunks=[chunk(0, [5]), chunk(1, [4])]))
-    row = shard_pb2.DecodeRow(sequence_id=1, context_len=2)
-    step = shard_pb2.Step(step_id=1, decodes=[row], released_sequence_ids=[0])
+    row = DecodeRow(sequence_id=1, context_len=2)
+    step = shard_pb2.Step(step_id=1, decodes=columns(row), released_sequence_ids=[0])
     second = engine.launch(step)
-    assert len(engine.finish(first).tokens) == 2
-    assert [token.sequence_id for token in engine.finish(second).tokens] == [1]
+    assert len(engine.finish(first).tokens.token_ids) == 2
+    assert list(engine.finish(second).tokens.sequence_ids) == [1]
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8, 100, 128, 200, 256, 1000])

@@ -14,6 +14,7 @@ from tessera.proto import shard_pb2, shard_pb2_grpc
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.service import ShardService
 from tessera.shard.token_masks import TokenMaskBox
+from tests.step_columns import DecodeRow, add_token, columns, decode_rows
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ class EchoEngine:
         if self.failure is not None:
             raise self.failure
         reply = shard_pb2.StepReply(step_id=step.step_id)
-        for row in step.decodes:
-            reply.tokens.add(sequence_id=row.sequence_id, token_id=row.token_id + 1)
+        for row in decode_rows(step):
+            add_token(reply, sequence_id=row.sequence_id, token_id=row.token_id + 1)
         return reply
 
     def reset(self) -> None:
@@ -64,8 +65,8 @@ def with_service(engine: EchoEngine, use: Callable[[shard_pb2_grpc.ShardStub], A
 
 
 def step(step_id: int, *token_ids: int) -> shard_pb2.Step:
-    rows = [shard_pb2.DecodeRow(sequence_id=9 - n, token_id=t) for n, t in enumerate(token_ids)]
-    return shard_pb2.Step(step_id=step_id, decodes=rows)
+    rows = [DecodeRow(sequence_id=9 - n, token_id=t) for n, t in enumerate(token_ids)]
+    return shard_pb2.Step(step_id=step_id, decodes=columns(*rows))
 
 
 async def replies(
@@ -82,7 +83,7 @@ def test_steps_are_answered_in_order() -> None:
     engine = EchoEngine()
     got = with_service(engine, lambda stub: replies(stub, step(0, 40, 10), step(1), step(2, 7)))
     assert [reply.step_id for reply in got] == [0, 1, 2]
-    assert [token.token_id for token in got[0].tokens] == [41, 11]
+    assert list(got[0].tokens.token_ids) == [41, 11]
 
 
 def test_masks_reach_a_step_that_waits_for_them() -> None:
@@ -90,7 +91,7 @@ def test_masks_reach_a_step_that_waits_for_them() -> None:
         def run(self, step: shard_pb2.Step) -> shard_pb2.StepReply:
             (mask,) = self.masks.take(step.step_id, [9]).values()
             reply = shard_pb2.StepReply(step_id=step.step_id)
-            reply.tokens.add(sequence_id=9, token_id=mask[0])
+            add_token(reply, sequence_id=9, token_id=mask[0])
             return reply
 
     async def use(stub: shard_pb2_grpc.ShardStub) -> list[int]:
@@ -102,7 +103,7 @@ def test_masks_reach_a_step_that_waits_for_them() -> None:
             mask = shard_pb2.TokenMask(sequence_id=9, bitmask=bytes([40 + number]))
             masks = shard_pb2.TokenMasks(step_id=number, masks=[mask])
             await stream.write(shard_pb2.StepMessage(masks=masks))
-            got.append((await stream.read()).tokens[0].token_id)
+            got.append((await stream.read()).tokens.token_ids[0])
         await stream.done_writing()
         return got
 
@@ -139,7 +140,7 @@ def test_the_next_step_is_launched_while_the_device_computes_this_one() -> None:
     engine = AheadEngine(last_step_id=3)
     steps = [step(number, 10 * number) for number in range(4)]
     got = with_service(engine, lambda stub: replies(stub, *steps))
-    assert [reply.tokens[0].token_id for reply in got] == [1, 11, 21, 31]
+    assert [reply.tokens.token_ids[0] for reply in got] == [1, 11, 21, 31]
     order = "launch 0,launch 1,finish 0,launch 2,finish 1,launch 3,finish 2,finish 3"
     assert engine.log == order.split(",")
 
@@ -161,7 +162,7 @@ def test_a_step_that_comes_late_is_answered_too() -> None:
         for number in range(2):
             engine.last_step_id = number
             await stream.write(shard_pb2.StepMessage(step=step(number, number)))
-            got.append((await stream.read()).tokens[0].token_id)
+            got.append((await stream.read()).tokens.token_ids[0])
         await stream.done_writing()
         return got
 

@@ -20,6 +20,7 @@ from tessera.shard.parallel import Group
 from tests.shard.backends.pool import CPU
 from tests.shard.backends.simulated_device import simulated_device
 from tests.shard.backends.simulated_xpu import simulated_xpu
+from tests.step_columns import DecodeRow, columns
 
 SAMPLING = {
     "greedy": {},
@@ -74,9 +75,11 @@ def steps(sampling: shard_pb2.SamplingParams) -> list[shard_pb2.Step]:
     """Prompts of three sequences, one of which joins later; then they decode."""
     made = [shard_pb2.Step(chunks=[prompt(n, 20 + n, sampling) for n in range(2)])]
     for number in range(1, 8):
-        step = shard_pb2.Step(step_id=number)
-        for n in range(2 if number < 4 else 3):
-            step.decodes.add(sequence_id=n, context_len=20 + n + number - (3 if n == 2 else 0))
+        rows = [
+            DecodeRow(sequence_id=n, context_len=20 + n + number - (3 if n == 2 else 0))
+            for n in range(2 if number < 4 else 3)
+        ]
+        step = shard_pb2.Step(step_id=number, decodes=columns(*rows))
         if number == 3:
             step.chunks.append(prompt(2, 22, sampling))
         made.append(step)
@@ -93,10 +96,10 @@ def ahead(engine: Engine, steps: list[shard_pb2.Step]) -> tuple[list[list[int]],
             following = engine.launch(step)
         waited += waits
         if under_way is not None:
-            tokens.append([token.token_id for token in engine.finish(under_way).tokens])
+            tokens.append(list(engine.finish(under_way).tokens.token_ids))
         under_way = following
     assert under_way is not None
-    tokens.append([token.token_id for token in engine.finish(under_way).tokens])
+    tokens.append(list(engine.finish(under_way).tokens.token_ids))
     engine.reset()
     return tokens, waited
 
@@ -104,7 +107,7 @@ def ahead(engine: Engine, steps: list[shard_pb2.Step]) -> tuple[list[list[int]],
 @pytest.mark.parametrize("name", SAMPLING)
 def test_steps_are_launched_without_waiting(engines: tuple[Engine, Engine], name: str) -> None:
     sampling = shard_pb2.SamplingParams(**SAMPLING[name])  # type: ignore[arg-type]
-    expected = [[t.token_id for t in engines[0].run(step).tokens] for step in steps(sampling)]
+    expected = [list(engines[0].run(step).tokens.token_ids) for step in steps(sampling)]
     engines[0].reset()
     tokens, waited = ahead(engines[1], steps(sampling))
     assert tokens == expected
@@ -129,6 +132,6 @@ def test_pictures_are_launched_without_waiting(
         grid_rows=plan.grid[0],
         grid_columns=plan.grid[1],
     )
-    expected = [[token.token_id for token in engines[0].run(step).tokens]]
+    expected = [list(engines[0].run(step).tokens.token_ids)]
     engines[0].reset()
     assert ahead(engines[1], [step]) == (expected, Counter())

@@ -18,6 +18,7 @@ from tessera.shard.models.base import Placement
 from tessera.shard.parallel import Group
 from tests.shard.backends.simulated_device import simulated_device
 from tests.shard.backends.simulated_xpu import simulated_xpu
+from tests.step_columns import DecodeRow, columns
 
 # Of each step: whether both ranks computed the layers and the logits; what was sampled, read here;
 # its tokens as all ranks know them; the ends of the stages.
@@ -71,9 +72,10 @@ def test_a_step_exchanges_tensors_of_the_device(engine: Engine, other: OtherRank
     engine.run(shard_pb2.Step(chunks=[chunk]))
     other.exchanged.clear()
     for n in range(3):
-        row = shard_pb2.DecodeRow(context_len=18 + n)
+        row = DecodeRow(sequence_id=0, context_len=18 + n)
         with simulated_device().waits() as waits:
-            assert len(engine.run(shard_pb2.Step(step_id=n, decodes=[row])).tokens) == 1
+            reply = engine.run(shard_pb2.Step(step_id=n, decodes=columns(row)))
+            assert len(reply.tokens.token_ids) == 1
         by_file = Counter(cause.partition(":")[0] for cause in waits.elements())
         assert by_file <= WAITS_PER_STEP, waits
     # The embedding, two of each layer and whether the ranks agree; the logits and that again.
