@@ -29,6 +29,7 @@ MAX_LINE_BYTES = 16_384  # longer ones are cut into pieces
 TAIL_LINES = 20
 SHOWN_TAIL_LINES = 3
 ERROR_PREFIX = "Error: "  # of the one line with which our processes refuse to start
+CAUSE_WAIT_S = 1.0  # for the end of a process because of which another has ended
 KILL_WAIT_S = 10.0  # until a killed process is gone; longer only when the system is stuck
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -329,6 +330,23 @@ class Supervisor:
         return event
 
     def _describe_death(self, event: Ended) -> str:
+        """How a child ended. One that was not killed may have done so because another is gone,
+        which may be heard of a moment later: then both are told."""
+        told, others = [self._words(event)], list[Event]()
+        deadline = self._clock() + CAUSE_WAIT_S
+        while event.code >= 0 and len(told) == 1 and self.alive:
+            other = self._next(deadline)
+            if other is None:
+                break
+            if isinstance(other, Ended):
+                told.append(self._words(other))
+            else:
+                others.append(other)
+        for other in others:
+            self._events.put(other)
+        return "; ".join(told)
+
+    def _words(self, event: Ended) -> str:
         words = next(child.last_words for child in self._children if child.name == event.name)
         return f"{event.name} {how_it_ended(event.code)}{words}"
 

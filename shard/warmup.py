@@ -9,6 +9,7 @@ import torch
 from tessera.proto import shard_pb2
 from tessera.proto.image_layout import AnyResLayout, ImageLayout
 from tessera.shard.backends.base import LayerCache
+from tessera.shard.backends.host_memory import return_freed_memory
 from tessera.shard.batch import Batch, BatchBuilder
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, is_out_of_memory
@@ -69,6 +70,7 @@ def warm_up(
     free = int(backend.free_memory_bytes() * memory_fraction) // sharers
     step = _try_worst_step(engine, request, layout)
     engine.allocate_cache(0)  # lets go of the trial's
+    _settle(engine)
     # What the trial left behind for good: compiled primitives, workspaces, thread stacks.
     free -= max(0, backend.used_memory_bytes() - weights)
     shape = engine.cache_shape
@@ -223,12 +225,19 @@ def _peak_of(engine: Engine, work: Callable[[], object]) -> int:
     backend = engine.placement.backend
     with torch.inference_mode():
         work()
-        backend.synchronize()
+        _settle(engine)
         backend.reset_peak_memory()
         before = backend.used_memory_bytes()
         work()
         backend.synchronize()
     return max(0, (backend.peak_memory_bytes() or before) - before)
+
+
+def _settle(engine: Engine) -> None:
+    """Until memory that is free counts as free."""
+    engine.placement.backend.synchronize()
+    if _on_host(engine):
+        return_freed_memory()
 
 
 def _worst_batch(engine: Engine, num_tokens: int, max_context_len: int) -> Batch:

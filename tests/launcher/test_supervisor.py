@@ -160,6 +160,19 @@ def test_a_router_that_dies_while_serving_ends_all(launch: Launch) -> None:
     launched.assert_nothing_left(launched.pids)
 
 
+def test_a_shard_that_is_gone_is_named_though_the_router_ended_first(launch: Launch) -> None:
+    launched = launch()
+    launched.await_log("ready: ")
+    with pytest.raises(OSError):
+        get(launched, "/crash")
+    (router,) = (int(line[1]) for line in launched.diary if line[0] == "router")
+    eventually(lambda: not alive(router), "the end of the router")
+    kill_shard(launched, "1")
+    assert launched.await_end() == 1
+    assert "exit code 7: the router has had enough; shard 1 was killed by SIGKILL" in launched.log
+    launched.assert_nothing_left(launched.pids)
+
+
 def test_a_start_that_takes_too_long_names_who_is_missing(launch: Launch) -> None:
     launched = launch("--startup-timeout", "1", stub={"shard 1": ["late"]})
     assert launched.await_end() == 1
