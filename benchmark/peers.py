@@ -78,7 +78,7 @@ class Load:
         self._url = url
         self._model = model
         self._prompts = prompts
-        self.records: list[Record] = []  # of the last measurement
+        self.records: list[Record] = []  # of the last measurement, or of the one under way
 
     async def tokens_per_s(self, streams: int) -> float:
         """Output tokens per second of all streams together, prompts included in the time."""
@@ -108,10 +108,10 @@ class Load:
         try:
             async with asyncio.timeout(LIMIT_S), aiohttp.ClientSession() as session:
                 client = Client(session, self._url, api, max_tokens=max_tokens)
+                self.records = client.records
                 await client.closed_loop(conversations, len(conversations))
         except TimeoutError:
             raise OSError(f"not done after {LIMIT_S} s") from None
-        self.records = client.records
         summary = summarise(client.records, Objective())
         if summary.errors:
             raise OSError(f"requests failed: {summary.errors}")

@@ -41,7 +41,8 @@ The last column is `{model}`'s first token after a picture of {side} x {side} pi
 """
 STACK = """\
 The whole server, with router, gRPC, HTTP and the measuring client on the same cores, takes
-{ratios} as long as its shard computes meanwhile.
+{ratios} as long as its shard computes meanwhile; it adds
+{gaps} to the time between two tokens.
 {source}
 """
 START = """\
@@ -106,7 +107,11 @@ def stack(found: Found) -> str:
         f"{row['ratio']['median']:.2f} times ({_count(int(number), 'stream')})"
         for number, row in found["streams"].items()
     )
-    return STACK.format(ratios=ratios, source=_source("stack", found))
+    gaps = " and ".join(
+        f"{row['added_ms_per_gap']:.1f} ms ({_count(int(number), 'stream')})"
+        for number, row in found["streams"].items()
+    )
+    return STACK.format(ratios=ratios, gaps=gaps, source=_source("stack", found))
 
 
 def start(found: Found) -> str:
