@@ -125,8 +125,8 @@ def _num_blocks(asked: argparse.Namespace) -> int:
 
 
 def _about(asked: argparse.Namespace) -> dict[str, Any]:
-    is_gpu = asked.device != "cpu" and torch.accelerator.is_available()
-    named = torch.cuda.get_device_name() if is_gpu and asked.device.startswith("cuda") else ""
+    is_cuda = asked.device.startswith("cuda") and torch.cuda.is_available()
+    named = torch.cuda.get_device_name() if is_cuda else ""
     return provenance(*PACKAGES) | {"device": named or asked.device, "model": asked.model}
 
 

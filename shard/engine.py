@@ -216,8 +216,8 @@ class Engine:
 
     def _report(self, launched: Launched, batch: Batch) -> None:
         """Read the tokens on rank 0, tell the other ranks, remember them on all."""
-        sampled = launched.tokens.read(launched.failures) if launched.tokens is not None else []
-        token_ids = [token.token_id for token in sampled] or [0] * len(batch.sampled)
+        tokens = launched.tokens.read(launched.failures) if launched.tokens is not None else None
+        token_ids = tokens.ids if tokens is not None else [0] * len(batch.sampled)
         if self.placement.group.world_size > 1:
             ids_R = upload(torch.tensor(token_ids), self.placement.backend.device)
             token_ids = self.placement.group.broadcast(ids_R).tolist()
@@ -226,8 +226,8 @@ class Engine:
         ):
             if is_placeholder(sequence.token_ids[place]):  # the router may have named another
                 sequence.token_ids[place] = token_id
-        if sampled:
-            report_tokens(launched.reply, batch.sampled, sampled, launched.failures)
+        if tokens is not None:
+            report_tokens(launched.reply, batch.sampled, tokens, launched.failures)
 
     def _hidden_states(self, batch: Batch, failures: dict[int, str]) -> Tensor:
         """The model's output [T, D]; rows of sequences that failed are zero.

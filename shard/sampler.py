@@ -8,7 +8,6 @@ the logits, counted row by row. All arithmetic is float32 on the device of the l
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.proto.shard_pb2 import SamplingParams
+from tessera.shard.choice import Choice, Sampled
 from tessera.shard.gumbel import draw, key_of
 from tessera.shard.survey import Survey, survey
 from tessera.shard.unread_tokens import resolved
@@ -49,55 +49,9 @@ class SampleRow(NamedTuple):
         return self.token_ids[self.num_prompt_tokens :]
 
 
-class Sampled(NamedTuple):
-    """The chosen token of one row."""
-
-    token_id: int
-    logprob: float  # of the model itself: before bias, penalties, temperature and filters
-    top_tokens: tuple[tuple[int, float], ...]  # (id, logprob), most likely first
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One token for each row, where it was chosen."""
-
-    ids_R: Tensor  # int64
-    logprobs_R: Tensor
-    finite_R: Tensor  # bool, whether the row's logits are; if not, its token means nothing
-    top_RM: tuple[Tensor, Tensor] | None  # ids and logprobs of the most likely
-    top_counts: tuple[int, ...]  # how many of them each row asks for
-
-    def on_host(self) -> "Choice":
-        """The same on the host once the device has come so far; nobody waits for that here."""
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.to("cpu", non_blocking=True)
-
-        top_RM = None if self.top_RM is None else (copy(self.top_RM[0]), copy(self.top_RM[1]))
-        return replace(
-            self,
-            ids_R=copy(self.ids_R),
-            logprobs_R=copy(self.logprobs_R),
-            finite_R=copy(self.finite_R),
-            top_RM=top_RM,
-        )
-
-    def read(self) -> list[Sampled]:
-        """The tokens; waits where they are still on a device."""
-        tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.top_counts)
-        if self.top_RM is not None:
-            ids, logprobs = (tensor.tolist() for tensor in self.top_RM)
-            tops = [
-                tuple(zip(*pair, strict=True))[:count]
-                for *pair, count in zip(ids, logprobs, self.top_counts, strict=True)
-            ]
-        rows = zip(self.ids_R.tolist(), self.logprobs_R.tolist(), tops, strict=True)
-        return list(map(Sampled._make, rows))
-
-
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """`choose`, and wait for it."""
-    return choose(logits_RV, rows).read()
+    return list(map(Sampled, *choose(logits_RV, rows).read()))
 
 
 def choose(

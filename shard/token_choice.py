@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from tessera.proto import shard_pb2
+from tessera.shard.choice import Choice, Tokens
 from tessera.shard.gumbel import draw
 from tessera.shard.resilience import in_halves, one_by_one, part_of
-from tessera.shard.sampler import Choice, Draw, Sampled, SampleRow, choose
+from tessera.shard.sampler import Draw, SampleRow, choose
 from tessera.shard.sequence import SequenceState
 from tessera.shard.survey import Survey, survey
 
@@ -33,7 +35,7 @@ class ChosenTokens:
         """
         self._parts = [part.on_host() for part in self._parts]
 
-    def read(self, failures: dict[int, str]) -> list[Sampled]:
+    def read(self, failures: dict[int, str]) -> Tokens:
         """The tokens; sequences whose logits are not finite are added to `failures`."""
         finite = [finite for part in self._parts for finite in part.finite_R.tolist()]
         for sequence, is_finite in zip(self._sequences, finite, strict=True):
@@ -41,7 +43,7 @@ class ChosenTokens:
                 failures.setdefault(
                     sequence.sequence_id, "the model's output is not finite (NaN or infinity)"
                 )
-        return [token for part in self._parts for token in part.read()]
+        return reduce(Tokens.followed_by, [part.read() for part in self._parts])
 
 
 def choose_tokens(
@@ -94,19 +96,19 @@ def _masked(row: SampleRow, sequence: SequenceState, masks: Mapping[int, bytes])
 def report_tokens(
     reply: shard_pb2.StepReply,
     sequences: Sequence[SequenceState],
-    tokens: Sequence[Sampled],
+    tokens: Tokens,
     failures: Mapping[int, str],
 ) -> None:
     """Tell the router about a token for each sequence, but for those that failed."""
-    rows = list(zip(sequences, tokens, strict=True))
     if failures:
-        rows = [(s, token) for s, token in rows if s.sequence_id not in failures]
+        kept = [n for n, s in enumerate(sequences) if s.sequence_id not in failures]
+        sequences = [sequences[n] for n in kept]
+        tokens = tokens.of_rows(kept)
     columns = reply.tokens
-    columns.sequence_ids.extend([s.sequence_id for s, _ in rows])
-    columns.token_ids.extend([token.token_id for _, token in rows])
-    columns.logprobs.extend([token.logprob for _, token in rows])
-    if any(token.top_tokens for _, token in rows):
-        for _, token in rows:
-            top = columns.top_tokens.add()
-            for token_id, logprob in token.top_tokens:
-                top.tokens.add(token_id=token_id, logprob=logprob)
+    columns.sequence_ids.extend([s.sequence_id for s in sequences])
+    columns.token_ids.extend(tokens.ids)
+    columns.logprobs.extend(tokens.logprobs)
+    for likeliest in tokens.tops if any(tokens.tops) else ():
+        top = columns.top_tokens.add()
+        for token_id, logprob in likeliest:
+            top.tokens.add(token_id=token_id, logprob=logprob)

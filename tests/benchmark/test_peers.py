@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from benchmark import peers, stack, start
 from benchmark.checkpoints import make
+from benchmark.load.client import Record
 from benchmark.peer_servers import servers
 from benchmark.peer_servers.environments import Environment
 from benchmark.peer_servers.servers import PEERS, Peer, peer_server
@@ -236,15 +237,30 @@ def test_what_the_stack_adds_is_taken_within_runs(
     tmp_path: Path, prompts: peers.Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make("llama", {}, tmp_path / "tiny")
-    runs = iter([(9.0, 1.0, 10), (1.2, 1.0, 10), (2.4, 2.0, 10), (1.1, 1.0, 10)])
+    times = iter([(9.0, 1.0, 0.9), (1.2, 1.0, 0.13), (2.4, 2.0, 0.12), (1.1, 1.0, 0.14)])
+
+    async def once(load: peers.Load, url: str, streams: int) -> stack.Run:
+        wall, computed, gap = next(times)
+        return stack.Run(wall, computed, 10, gap, computed_per_step_s=0.1)
+
     monkeypatch.setattr(stack, "checkpoint", lambda name, cache: folder)
     monkeypatch.setattr(stack, "own_server", lambda folder, log: nullcontext("http://localhost"))
-    monkeypatch.setattr(stack, "once", lambda load, url, streams: next(runs))
+    monkeypatch.setattr(stack, "once", once)
     out = tmp_path / "stack.json"
     assert stack.main(["--streams", "32", "--rounds", "3", "--out", str(out)]) == 0
     row = json.loads(out.read_text())["streams"]["32"]
     assert (row["wall_s"], row["computed_s"], row["added_ms_per_step"]) == (1.2, 1.0, 20.0)
     assert row["ratio"]["median"] == 1.2
+    assert (row["gap_ms"], row["added_ms_per_gap"]) == (130.0, 30.0)
+
+
+def test_gaps_are_those_between_two_moments() -> None:
+    records = [
+        Record(0.0, text_times=[1.0, 2.0, 4.0, 6.0, 9.0], num_tokens=5),
+        Record(0.0, text_times=[2.0, 3.0, 4.0, 5.0, 6.0], num_tokens=5),
+        Record(0.0, text_times=[3.0, 6.0], num_tokens=5),  # some tokens had no text of their own
+    ]
+    assert stack._gap_s(records, 1.5, 6.5) == 1.5
 
 
 def test_metrics_are_summed_over_their_labels() -> None:

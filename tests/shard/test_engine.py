@@ -12,11 +12,12 @@ from tessera.proto import shard_pb2
 from tessera.shard.backends import load_backend
 from tessera.shard.backends.base import LastRows, LayerCache, StepLayout
 from tessera.shard.backends.reference import ReferenceBackend
+from tessera.shard.choice import Choice
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, DivergenceError
 from tessera.shard.models.base import ImageTiles, Placement
 from tessera.shard.parallel import Group
-from tessera.shard.sampler import Choice, SampleRow, choose
+from tessera.shard.sampler import SampleRow, choose
 from tessera.shard.warmup import warm_up
 from tests.step_columns import DecodeRow, columns
 

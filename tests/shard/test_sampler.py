@@ -5,7 +5,8 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from tessera.proto.shard_pb2 import LogitBias, SamplingParams
-from tessera.shard.sampler import Sampled, SampleRow, _filtered, sample
+from tessera.shard.choice import Sampled
+from tessera.shard.sampler import SampleRow, _filtered, sample
 
 VOCABULARY = 50
 

@@ -23,7 +23,7 @@ from tests.step_columns import DecodeRow, columns
 # Of each step: whether both ranks computed the layers and the logits; what was sampled, read here;
 # its tokens as all ranks know them; the ends of the stages.
 WAITS_PER_STEP = Counter(
-    {"parallel.py": 2, "sampler.py": 2, "token_choice.py": 1, "engine.py": 1, "xpu.py": 2}
+    {"parallel.py": 2, "choice.py": 2, "token_choice.py": 1, "engine.py": 1, "xpu.py": 2}
 )
 
 
