@@ -119,7 +119,7 @@ test-docker: setup  ## build the image, try it locked down, and compose.yaml wit
 
 bench: setup  ## time steps, server and start on this CPU into benchmark/results (a quarter of an hour)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q 'matplotlib>=3.11'
-	$(BIN)/python -m benchmark.step --rounds 2 --growth --out benchmark/results/step.json --plots benchmark/results
+	$(BIN)/python -m benchmark.step --rounds 3 --growth --out benchmark/results/step.json --plots benchmark/results
 	$(BIN)/python -m benchmark.stack --out benchmark/results/stack.json
 	$(BIN)/python -m benchmark.start --out benchmark/results/start.json
 
