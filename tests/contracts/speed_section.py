@@ -42,7 +42,7 @@ The last column is `{model}`'s first token after a picture of {side} x {side} pi
 STACK = """\
 The whole server, with router, gRPC, HTTP and the measuring client on the same cores, takes
 {ratios} as long as its shard computes meanwhile; it adds
-{gaps} to the time between two tokens.
+at most {gap:.1f} ms to the time between two tokens.
 {source}
 """
 START = """\
@@ -107,11 +107,8 @@ def stack(found: Found) -> str:
         f"{row['ratio']['median']:.2f} times ({_count(int(number), 'stream')})"
         for number, row in found["streams"].items()
     )
-    gaps = " and ".join(
-        f"{row['added_ms_per_gap']:.1f} ms ({_count(int(number), 'stream')})"
-        for number, row in found["streams"].items()
-    )
-    return STACK.format(ratios=ratios, gaps=gaps, source=_source("stack", found))
+    gap = max(row["added_ms_per_gap"] for row in found["streams"].values())
+    return STACK.format(ratios=ratios, gap=gap, source=_source("stack", found))
 
 
 def start(found: Found) -> str:
