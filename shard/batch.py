@@ -119,7 +119,8 @@ class BatchBuilder:
             position = sequence.context_len
             if context_len != position + 1:
                 raise DivergenceError(
-                    f"sequence {sequence_id}: asked for context {context_len}, have {position}"
+                    f"sequence {sequence_id}: asked for context {context_len}, "
+                    f"have {position} tokens"
                 )
             if token_id != SAMPLED_LAST:
                 del sequence.token_ids[position:]
@@ -128,11 +129,10 @@ class BatchBuilder:
             rows.ids.append(token_id)
             if is_placeholder(token_id):
                 rows.has_unread = True
-            rows.positions.append(position)
             rows.slots.append(self._tables.slot(sequence.table_row, position))
             sequence.context_len = context_len
-            rows.end_span(sequence)
-            rows.sample(sequence)
+            rows.sequences.append(sequence)
+        rows.end_singles()
 
     def _known(self, sequence_id: int) -> SequenceState:
         sequence = self.sequences.get(sequence_id)
@@ -283,6 +283,15 @@ class _Rows:
         self.sampled: list[SequenceState] = []
         self.sample_rows: list[int] = []
         self.prompt_spans: list[PromptSpan] = []
+
+    def end_singles(self) -> None:
+        """Each sequence so far has one new token, and gets the next."""
+        context_lens = [sequence.context_len for sequence in self.sequences]
+        self.positions.extend([context_len - 1 for context_len in context_lens])
+        self.context_lens.extend(context_lens)
+        self.query_start.extend(range(1, len(context_lens) + 1))
+        self.sampled.extend(self.sequences)
+        self.sample_rows.extend(range(len(context_lens)))
 
     def end_span(self, sequence: SequenceState) -> None:
         """All new tokens of a sequence are there."""
