@@ -23,7 +23,7 @@ class Pipeline(Protocol):
         ...
 
     def close(self) -> None:
-        """Compute no more, not even what has come."""
+        """Let the device's thread go as soon as it can be."""
         ...
 
     def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:
@@ -118,7 +118,7 @@ class OneAhead:
         self._steps.put_nowait(step)
 
     def close(self) -> None:
-        """See `Pipeline`."""
+        """As if the stream had ended: what has come is computed first."""
         self.put(None)
 
     async def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:

@@ -90,7 +90,7 @@ def test_a_priority_goes_first(tight: Stack) -> None:
 
         async def one(number: int, **more: int) -> None:
             async with tight.client() as client:
-                body = {"prompt": f"[INST] {number} {'red ' * 90} [/INST]", "max_tokens": 120}
+                body = {"prompt": f"[INST] {number} {'red ' * 90} [/INST]", "max_tokens": 200}
                 body |= {"logit_bias": {"2": -100}, "cache_prompt": False, **more}
                 reply = await client.post("/v1/completions", json=body)
                 assert reply.status_code == 200, reply.text
@@ -98,7 +98,7 @@ def test_a_priority_goes_first(tight: Stack) -> None:
 
         others = [asyncio.create_task(one(number)) for number in range(15)]
         while await asyncio.to_thread(tight.metric, "tessera_num_requests_waiting") < 10:
-            assert len(done) < 5, "they are answered before they have to wait"
+            assert len(done) < 3, "they are answered before they have to wait"
         await asyncio.gather(one(15, priority=50), *others)
         return done
 

@@ -302,7 +302,7 @@ def test_a_dead_shard_ends_the_server_with_a_reason(checkpoint: Callable[[str], 
         assert stack.process.wait(30) == 1
         time.sleep(0.2)  # the reader thread takes the last lines
         last = stack.log.splitlines()[-1]
-        assert last.startswith("Error: ") and "was killed by SIGKILL" in last
+        assert last.startswith("Error: ") and "shard" in last and "was killed by SIGKILL" in last
     assert not any(child.is_running() for child in children)
 
 
