@@ -9,7 +9,8 @@ at the rate at which a large tensor is read, and the step's arithmetic at the ra
 product. Both rates are measured between the steps of the case, by the same clock: with one thread
 on a CPU that is processor time, so that neighbours on the machine count less. The best of each
 counts. `overhead` is what a step takes from the message's bytes to the reply's bytes and is neither
-in the model nor in the sampler. Models are random (`benchmark.checkpoints`).
+in the model nor in the sampler, always by the wall's clock (`Stopwatch`). Models are random
+(`benchmark.checkpoints`).
 """
 
 import argparse

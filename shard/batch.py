@@ -1,6 +1,7 @@
 """From a step's message to the tensors of one forward pass."""
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from tessera.proto import shard_pb2
 from tessera.proto.columns import SAMPLED_LAST
 from tessera.shard.backends.base import LastRows, StepLayout
 from tessera.shard.errors import DivergenceError
-from tessera.shard.kv_cache import BlockTables
+from tessera.shard.kv_cache import side_by_side, slots
 from tessera.shard.sequence import SequenceState
 from tessera.shard.unread_tokens import is_placeholder, resolved
 from tessera.shard.upload import upload_together
@@ -67,19 +68,18 @@ class BatchBuilder:
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._device = device
-        self._tables = BlockTables(block_size)
+        self._is_host = device.type == "cpu"  # asked once: torch makes a string of it each time
+        self._block_size = block_size
         self.sequences: dict[int, SequenceState] = {}
 
-    def release(self, sequence_ids: list[int]) -> None:
+    def release(self, sequence_ids: Iterable[int]) -> None:
         """Forget sequences; unknown ids are those that failed here before and are harmless."""
         for sequence_id in sequence_ids:
-            sequence = self.sequences.pop(sequence_id, None)
-            if sequence is not None:
-                self._tables.free_row(sequence.table_row)
+            self.sequences.pop(sequence_id, None)
 
     def clear(self) -> None:
         """Forget every sequence."""
-        self.release(list(self.sequences))
+        self.sequences.clear()
 
     def build(self, step: shard_pb2.Step, chosen_R: Tensor | None = None) -> Batch | None:
         """The tensors of `step`, or None when it computes nothing.
@@ -112,7 +112,8 @@ class BatchBuilder:
 
     def _add_decodes(self, decodes: shard_pb2.Decodes, rows: "_Rows") -> None:
         for grown in decodes.new_blocks:
-            self._grow(self._known(grown.sequence_id), list(grown.block_ids))
+            self._known(grown.sequence_id).blocks.extend(grown.block_ids)
+        block_size = self._block_size
         columns = (decodes.sequence_ids, decodes.token_ids, decodes.context_lens)
         for sequence_id, token_id, context_len in zip(*columns, strict=True):
             sequence = self._known(sequence_id)
@@ -129,7 +130,11 @@ class BatchBuilder:
             rows.ids.append(token_id)
             if is_placeholder(token_id):
                 rows.has_unread = True
-            rows.slots.append(self._tables.slot(sequence.table_row, position))
+            column, offset = divmod(position, block_size)
+            try:
+                rows.slots.append(sequence.blocks[column] * block_size + offset)
+            except IndexError:
+                raise _no_room(sequence, context_len) from None
             sequence.context_len = context_len
             rows.sequences.append(sequence)
         rows.end_singles()
@@ -142,12 +147,15 @@ class BatchBuilder:
 
     def _add_chunk(self, chunk: shard_pb2.Chunk, rows: "_Rows") -> None:
         sequence = self._chunk_sequence(chunk)
-        self._grow(sequence, list(chunk.new_block_ids))
+        sequence.blocks.extend(chunk.new_block_ids)
         first, length = len(rows.ids), len(chunk.token_ids)
         last = sequence.context_len + length
         rows.ids.extend(chunk.token_ids)
         rows.positions.extend(range(sequence.context_len, last))
-        rows.slots.extend(self._tables.slots(sequence.table_row, sequence.context_len, last))
+        try:
+            rows.slots += slots(sequence.blocks, sequence.context_len, last, self._block_size)
+        except IndexError:
+            raise _no_room(sequence, last) from None
         if sequence.sampling.prompt_logprobs:
             rows.prompt_spans.append(PromptSpan(sequence, first, chunk.first_position, length))
         for span in chunk.images:
@@ -181,7 +189,6 @@ class BatchBuilder:
         """A new sequence; what lies before its first position was computed for others."""
         sequence = SequenceState(
             chunk.sequence_id,
-            self._tables.new_row(),
             chunk.sampling,
             chunk.num_prompt_tokens,
             context_len=chunk.first_position,
@@ -190,24 +197,20 @@ class BatchBuilder:
         self.sequences[chunk.sequence_id] = sequence
         return sequence
 
-    def _grow(self, sequence: SequenceState, block_ids: list[int]) -> None:
-        self._tables.append(sequence.table_row, sequence.num_blocks, block_ids)
-        sequence.num_blocks += len(block_ids)
-
     def _tensors(self, rows: "_Rows") -> tuple[Tensor, StepLayout]:
         """The token ids and where they sit."""
-        columns = max(sequence.num_blocks for sequence in rows.sequences)
-        tables = self._tables.select([s.table_row for s in rows.sequences], columns)
-        # Memory that is there already: a step of few tokens feels each call of numpy.
+        tables = [sequence.blocks for sequence in rows.sequences]
+        columns = max(map(len, tables))
+        # Plain memory, no numpy: a step of few tokens feels each call whose code is not in a cache.
         host = [
             torch.frombuffer(rows.ids, dtype=torch.int64),
             torch.frombuffer(rows.positions, dtype=torch.int64),
             torch.frombuffer(rows.slots, dtype=torch.int64),
             torch.frombuffer(rows.query_start, dtype=torch.int32),
             torch.frombuffer(rows.context_lens, dtype=torch.int32),
-            torch.from_numpy(tables),
+            torch.frombuffer(side_by_side(tables, columns), dtype=torch.int32).view(-1, columns),
         ]
-        ids_T, *placed = upload_together(host, self._device)
+        ids_T, *placed = host if self._is_host else upload_together(host, self._device)
         positions_T, slots_T, query_start_S1, context_lens_S, block_tables_SM = placed
         layout = StepLayout(
             positions_T=positions_T,
@@ -265,6 +268,13 @@ def last_rows(layout: StepLayout) -> LastRows | None:
             query_start=tuple(range(num_sequences + 1)),
             context_lens=layout.context_lens,
         ),
+    )
+
+
+def _no_room(sequence: SequenceState, context_len: int) -> DivergenceError:
+    return DivergenceError(
+        f"sequence {sequence.sequence_id}: {context_len} tokens do not fit into its "
+        f"{len(sequence.blocks)} blocks"
     )
 
 

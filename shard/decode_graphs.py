@@ -67,7 +67,8 @@ class DecodeGraphs:
         """Recordings for batches of these sizes, or None where there can be none."""
         graphs = cls(backend, model, max(sizes), max_blocks)
         try:
-            is_recorded = graphs._record(caches, sizes)
+            with torch.inference_mode():
+                is_recorded = graphs._record(caches, sizes)
         except RuntimeError:
             logger.warning("decode steps cannot be recorded; every one is launched", exc_info=True)
             return None

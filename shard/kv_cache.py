@@ -1,54 +1,37 @@
-"""Which cache blocks each live sequence owns, as one table on the host.
+"""Where a sequence's keys and values lie in the cache: its block table, ids in order.
 
 The router hands out block ids; a shard only remembers them, so that a decode row need not repeat
 its whole table in every step.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+from array import array
+from collections.abc import Sequence
 
-SCRATCH_BLOCK = 0  # never given to a sequence; unused table entries point at it
+SCRATCH_BLOCK = 0  # never given to a sequence; what is past a sequence's end points at it
 
 
-class BlockTables:
-    """A growing [rows, max blocks] table; a sequence holds a row from first to last step."""
+def slots(table: "array[int]", first: int, last: int, block_size: int) -> "array[int]":
+    """Where the positions [first, last) are kept: block * block_size + offset, 64 bits each.
 
-    def __init__(self, block_size: int, rows: int = 8, columns: int = 64) -> None:
-        self._block_size = block_size
-        self._table: NDArray[np.int32] = np.full((rows, columns), SCRATCH_BLOCK, np.int32)
-        self._free = list(range(rows - 1, -1, -1))
+    Raises:
+        IndexError: the table ends before them.
+    """
+    found = array("q")
+    position = first
+    while position < last:
+        column, offset = divmod(position, block_size)
+        count = min(block_size - offset, last - position)
+        slot = table[column] * block_size + offset
+        found.extend(range(slot, slot + count))
+        position += count
+    return found
 
-    def new_row(self) -> int:
-        """A row no sequence holds."""
-        if not self._free:
-            rows = len(self._table)
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-            self._free = list(range(2 * rows - 1, rows - 1, -1))
-        return self._free.pop()
 
-    def free_row(self, row: int) -> None:
-        """Give a row back."""
-        self._table[row] = SCRATCH_BLOCK
-        self._free.append(row)
-
-    def append(self, row: int, start: int, block_ids: list[int]) -> None:
-        """Write `block_ids` into `row` from column `start` on."""
-        end = start + len(block_ids)
-        while end > self._table.shape[1]:
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
-        self._table[row, start:end] = block_ids
-
-    def slot(self, row: int, position: int) -> int:
-        """Where the cache keeps a position of the sequence of `row`."""
-        column, offset = divmod(position, self._block_size)
-        return self._table.item(row, column) * self._block_size + offset
-
-    def slots(self, row: int, first: int, last: int) -> list[int]:
-        """The same of the positions [first, last)."""
-        columns, offsets = np.divmod(np.arange(first, last), self._block_size)
-        blocks = self._table[row, columns].astype(np.int64)
-        return (blocks * self._block_size + offsets).tolist()  # type: ignore[no-any-return]
-
-    def select(self, rows: list[int], columns: int) -> NDArray[np.int32]:
-        """A copy of the first `columns` blocks of `rows`."""
-        return self._table[rows, :columns]
+def side_by_side(tables: Sequence["array[int]"], columns: int) -> "array[int]":
+    """The tables as rows of `columns` ids, the longest of them at most, one after the other."""
+    cells = array("i")
+    for table in tables:
+        cells.extend(table)
+        if len(table) < columns:
+            cells.extend([SCRATCH_BLOCK] * (columns - len(table)))
+    return cells

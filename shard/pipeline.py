@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
+import torch
+
 from tessera.proto import shard_pb2
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DivergenceError
@@ -93,9 +95,10 @@ class InOrder:
 
     def _work(self, tell: Callable[[shard_pb2.StepReply | None], None]) -> None:
         try:
-            while (step := self._steps.get()) is not None and not self._is_closed:
-                self._counter.count(step)
-                tell(self._engine.run(step))
+            with torch.inference_mode():
+                while (step := self._steps.get()) is not None and not self._is_closed:
+                    self._counter.count(step)
+                    tell(self._engine.run(step))
         finally:
             tell(None)
 

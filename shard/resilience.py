@@ -38,7 +38,7 @@ def in_halves(work: Callable[[int, int], R], first: int, last: int) -> list[R]:
 
 def part_of(tensor: Tensor, first: int, last: int) -> Tensor:
     """The rows [first, last); the tensor itself where that is all, as it nearly always is."""
-    return tensor if last - first == len(tensor) else tensor[first:last]
+    return tensor if last - first == tensor.shape[0] else tensor[first:last]
 
 
 def one_by_one(work: Callable[[T], R], items: Sequence[T]) -> list[R | str]:

@@ -14,13 +14,13 @@ class SequenceState:
     """One live sequence on this rank."""
 
     sequence_id: int
-    table_row: int  # in BlockTables
     sampling: shard_pb2.SamplingParams
     num_prompt_tokens: int
-    num_blocks: int = 0
     context_len: int = 0  # tokens in the cache
     # In the cache, plus the one sampled last; below 0: see `unread_tokens`. 64 bits each.
     token_ids: "array[int]" = field(default_factory=lambda: array("q"))
+    # Its blocks of the cache (`kv_cache`). 32 bits each.
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
     # Logits of the last chunk's last position: they score the next chunk's first token.
     carried_logits_V: Tensor | None = None
     guided: bool = field(init=False)

@@ -104,7 +104,8 @@ def _rehearse(engine: Engine, layout: ImageLayout | None) -> None:
         pixels = bytes(3 * layout.tile**2)
         image = {"height": layout.tile, "width": layout.tile, "num_tiles": 1, "tiles": pixels}
         step.images.add(content_hash=bytes(16), **image)
-    engine.run(step)
+    with torch.inference_mode():
+        engine.run(step)
     engine.reset()
 
 

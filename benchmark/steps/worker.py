@@ -68,7 +68,7 @@ def measure(shard: Shard, writer: StepWriter, case: Case, rounds: int, ranks: in
     work = case.work(shard.sizes)
     best_s = min(each.total_s for each in took)
     limit_s = work.limit_s(read_rate, matrix_rate)
-    overhead_s = statistics.median(each.total_s - each.needed_s for each in took)
+    overhead_s = statistics.median(each.wall_s - each.needed_s for each in took)
     is_memory = work.is_memory_bound(read_rate, matrix_rate)
     return Result(
         **asdict(case),

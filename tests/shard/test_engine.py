@@ -91,13 +91,14 @@ def chunk(
 ) -> shard_pb2.Chunk:
     end = first + len(ids)
     already = -(-first // BLOCK_SIZE)
-    blocks = range(10 * sequence_id + already, 10 * sequence_id - (-end // BLOCK_SIZE))
+    needed = range(10 * sequence_id + already, 10 * sequence_id - (-end // BLOCK_SIZE))
+    blocks = extra.pop("blocks", needed)
     sampling = extra.pop("sampling", shard_pb2.SamplingParams())
     return shard_pb2.Chunk(
         sequence_id=sequence_id,
         first_position=first,
         token_ids=ids,
-        new_block_ids=blocks,
+        new_block_ids=blocks,  # type: ignore[arg-type]
         is_last=is_last,
         sampling=sampling,  # type: ignore[arg-type]
         num_prompt_tokens=end,
@@ -290,6 +291,15 @@ def test_a_step_about_an_unknown_sequence_is_a_divergence(
 ) -> None:
     with pytest.raises(DivergenceError, match="no such sequence"):
         engine.run(step)
+
+
+def test_a_token_without_a_block_is_a_divergence(engine: Engine) -> None:
+    with pytest.raises(DivergenceError, match="sequence 0: 5 tokens do not fit into its 1 blocks"):
+        engine.run(shard_pb2.Step(chunks=[chunk(0, [1] * 5, blocks=[1])]))
+    engine.reset()
+    engine.run(shard_pb2.Step(chunks=[chunk(0, [1] * 4, blocks=[1])]))
+    with pytest.raises(DivergenceError, match="sequence 0: 5 tokens do not fit into its 1 blocks"):
+        engine.run(shard_pb2.Step(decodes=columns(DecodeRow(sequence_id=0, context_len=5))))
 
 
 def test_many_sequences_come_and_go(engine: Engine) -> None:
