@@ -144,6 +144,7 @@ def _write_tensors(folder: Path, config: Config, eos: int) -> None:
     """Files of about `FILE_BYTES`, and their index; no more than one file is in memory."""
     weight_map: dict[str, str] = {}
     part: dict[str, torch.Tensor] = {}
+    total_bytes = 0
 
     def write() -> None:
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -156,11 +157,13 @@ def _write_tensors(folder: Path, config: Config, eos: int) -> None:
         if source.name == "lm_head.weight":
             tensor[eos] = 0
         part[_hub_name(source.name, "vision_config" in config)] = tensor
+        total_bytes += tensor.nbytes
         if sum(each.nbytes for each in part.values()) >= FILE_BYTES:
             write()
     if part:
         write()
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _sources(config: Config, folder: Path) -> Iterator[Source]:

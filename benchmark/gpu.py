@@ -42,7 +42,7 @@ PACKAGES = ("tessera", "torch", "triton", "transformers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit status."""
+    """Run what the command line asks for; returns the exit status, 1 when the server failed."""
     asked = _parser().parse_args(arguments)
     folder = asked.folder or checkpoint(asked.model, asked.checkpoints)
     report: dict[str, Any] = {"about": _about(asked)}
@@ -56,19 +56,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report |= {"ceilings": asdict(limits), "steps": [each.row(limits) for each in timed]}
     for row in report["steps"]:
         print(row, flush=True)
+    _save(asked, report)
     del shard
     free(device)
     decodes = {row["batch"]: row["tokens_per_s"] for row in report["steps"] if "batch" in row}
+    status = 0
+    # The server before the peer: what torch compiles for that keeps memory of the device for good.
+    if "server" in asked.parts:
+        try:
+            report["server"] = _server(folder, asked, decodes)
+            print(report["server"], flush=True)
+            _save(asked, report)
+        except OSError as error:  # the peer can be measured all the same
+            print(f"server: {error}", file=sys.stderr, flush=True)
+            status = 1
     if "transformers" in asked.parts:
         report["transformers"] = _transformers(folder, device, dtype, asked, decodes)
         print(report["transformers"], flush=True)
-        free(device)
-    if "server" in asked.parts:
-        report["server"] = _server(folder, asked, decodes)
-        print(report["server"], flush=True)
+        _save(asked, report)
+    return status
+
+
+def _save(asked: argparse.Namespace, report: dict[str, Any]) -> None:
+    """What has been measured so far: a later part may fail."""
     if asked.out:
         write_json(asked.out, report)
-    return 0
 
 
 def _steps(shard: GpuShard, asked: argparse.Namespace) -> list[Timed]:

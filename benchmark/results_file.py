@@ -12,8 +12,6 @@ from typing import Any
 
 import psutil
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def provenance(*packages: str) -> dict[str, Any]:
     """The command, the machine, the commit and the versions of Python and of `packages`.

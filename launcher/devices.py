@@ -3,7 +3,6 @@
 Everything is asked of a `Machine`, so that tests describe any machine as a few values.
 """
 
-import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from tessera.launcher.errors import LaunchError
+from tessera.proto.processors import usable_processors
 from tessera.shard import settings as shard_settings
 
 BACKENDS = Path(shard_settings.__file__).parent / "backends"
@@ -58,7 +58,7 @@ class Machine:
         """The machine this process runs on."""
         return cls(
             environ=environ,
-            affinity=frozenset(_affinity()),
+            affinity=usable_processors(),
             torch_version=installed_version("torch"),
         )
 
@@ -262,12 +262,6 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 ACCELERATORS: dict[str, Callable[[Machine], list[str]]] = {

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from itertools import count
 
@@ -36,6 +37,15 @@ PATIENCE_S = 60.0
 """How long requests wait for new shards."""
 
 SHARD_LOST = "a shard was lost; the request can be retried"
+
+
+class _Shards(Enum):
+    """How the shards are. Whether the server drains is another matter."""
+
+    LOADING = auto()  # for the first time
+    SERVING = auto()
+    AWAITED = auto()  # lost, and new ones are being started: requests wait for them
+    LOST = auto()  # for good, or nobody waits any longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +93,9 @@ class Core:
         self._masks = GuidanceMasks(shards, self._on_mask_failure, self._wake.set)
         self._queue_time = QueueTime(max_queue_time_s, clock)
         self._queue_timer: asyncio.TimerHandle | None = None
-        self._draining = False
-        self._is_suspended = False  # between two incarnations of the shards
+        self._state = _Shards.LOADING
+        self._is_draining = False
         self._impatience: asyncio.TimerHandle | None = None
-        self._lost: str | None = None
 
     @property
     def limits(self) -> ServingLimits:
@@ -98,12 +107,12 @@ class Core:
     @property
     def ready(self) -> bool:
         """Whether a request submitted now would be run at once."""
-        return self.takes_requests and not self._is_suspended
+        return self._state is _Shards.SERVING and not self._is_draining
 
     @property
     def takes_requests(self) -> bool:
         """Whether a request submitted now would be run, perhaps by shards that are awaited."""
-        return self._scheduler is not None and self._lost is None and not self._draining
+        return self._state in (_Shards.SERVING, _Shards.AWAITED) and not self._is_draining
 
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
         """Take requests from now on; called after each warm-up. `scheduling` does not change."""
@@ -113,11 +122,12 @@ class Core:
             self._metrics.open(limits, self._scheduler)
         else:
             self._resume(self._scheduler, pool)
+        self._state = _Shards.SERVING
 
     def drain(self) -> None:
         """Refuse new requests; those under way go on, where there are shards."""
-        self._draining = True
-        if self._is_suspended:
+        self._is_draining = True
+        if self._state is _Shards.AWAITED:
             self.end_all(SHARD_LOST)
 
     def submit(self, request: Request) -> RequestStream:
@@ -165,7 +175,7 @@ class Core:
 
     def lose(self, error: ShardsLost) -> None:
         """Tell every request under way that the shards are gone, and take no more of them."""
-        self._lost = str(error)
+        self._state = _Shards.LOST
         logger.error("%s", error)
         self.end_all(SHARD_LOST)
 
@@ -173,13 +183,13 @@ class Core:
         """The shards are gone and new ones are awaited, with which all goes on (`open`)."""
         logger.error("%s", error)
         self._masks = GuidanceMasks(self._shards, self._on_mask_failure, self._wake.set)
-        if self._scheduler is None or self._is_suspended:
+        if self._scheduler is None or self._state is not _Shards.SERVING:
             return
-        self._is_suspended = True
+        self._state = _Shards.AWAITED
         self._metrics.ranks.lost()
         for sequence in list(self._scheduler.running):
             self._suspend(self._in_flight[sequence.sequence_id])
-        if self._draining:
+        if self._is_draining:
             self.end_all(SHARD_LOST)
         self._impatience = asyncio.get_running_loop().call_later(PATIENCE_S, self._lose_patience)
 
@@ -191,14 +201,13 @@ class Core:
             flight.stream.progress.preempted_at.append(time.perf_counter())
 
     def _lose_patience(self) -> None:
-        self._lost = "not back in time"
+        self._state = _Shards.LOST
         self.end_all(SHARD_LOST)
 
     def _resume(self, scheduler: Scheduler, pool: BlockPool) -> None:
         """Compute anew what the lost shards had computed; clients notice a pause."""
         if self._impatience is not None:
             self._impatience.cancel()
-        self._lost, self._is_suspended = None, False
         scheduler.begin_anew(pool)
         for flight in list(self._in_flight.values()):
             request = flight.sequence.request
@@ -338,8 +347,8 @@ class Core:
         self._in_flight[flight.sequence.sequence_id] = flight
 
     def _why_not_ready(self) -> str:
-        if self._lost is not None:
+        if self._state is _Shards.LOST:
             return "the server has lost a shard and is restarting"
-        if self._draining:
+        if self._is_draining:
             return "the server is shutting down; send the request to another one"
         return "the model is still loading; try again in a while"

@@ -11,7 +11,6 @@ its mask is there, so that the others of a step never wait for it.
 import asyncio
 import ctypes
 import logging
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Container, Mapping
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 
 from llguidance import LLExecutor, LLMatcher
 
+from tessera.proto.processors import usable_processors
 from tessera.router.guidance_compile import Guide, known_reason
 from tessera.router.scheduler import StepPlan
 from tessera.router.sequence import Sequence
@@ -158,7 +158,7 @@ class GuidanceMasks:
         """All that a step waits for and that is known to be quick."""
         jobs = [(guided, _unseen(guided)) for guided in rows]
         if self._executor is None:
-            self._executor = LLExecutor(min(MAX_MASK_THREADS, os.cpu_count() or 1))
+            self._executor = LLExecutor(min(MAX_MASK_THREADS, len(usable_processors())))
         loop, started = asyncio.get_running_loop(), time.perf_counter()
         try:
             masks = await loop.run_in_executor(self._threads, _masks, self._executor, jobs)

@@ -236,8 +236,8 @@ class Scheduler:
         if missing <= 0:
             return []
         while (blocks := self.pool.allocate(missing)) is None:
-            planned = {id(row.sequence) for row in plan.decodes}
-            victim = next(s for s in reversed(self.running) if id(s) not in planned)
+            # It is this sequence or one behind it, so none that is planned already.
+            victim = self.running.pop()
             self._preempt(victim)
             plan.preempted.append(victim)
             if victim is sequence:
@@ -246,8 +246,7 @@ class Scheduler:
         return blocks
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Put a running sequence back to the head of the queue; it will be computed anew."""
-        self.running.remove(sequence)
+        """Put a sequence that ran back to the head of the queue; it will be computed anew."""
         self._give_back(sequence)
         sequence.num_computed = 0
         self.images.need(sequence.sequence_id, _images_of(sequence))

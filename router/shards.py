@@ -30,7 +30,7 @@ ANSWER_TIMEOUT_S = 10.0
 
 
 class ShardsLost(Exception):
-    """A rank is gone or answered out of order. The message names the rank."""
+    """A shard is gone or answered out of order. The message names it."""
 
 
 class WarmupFailed(Exception):
@@ -112,11 +112,11 @@ class ShardGroup:
             replies = await asyncio.gather(*calls)
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
-                raise ShardsLost(f"a rank is gone: {_reason(error)}") from error
+                raise ShardsLost(f"a shard is gone: {_reason(error)}") from error
             raise WarmupFailed(error.details() or "warm-up failed") from None
         for rank, reply in enumerate(replies):
             logger.info(
-                "rank %d: %.0f MiB in use, up to %.0f MiB for a step, %d cache blocks of %.1f KiB",
+                "shard %d: %.0f MiB in use, up to %.0f MiB for a step, %d cache blocks of %.1f KiB",
                 rank,
                 reply.weights_bytes / 2**20,
                 reply.peak_step_bytes / 2**20,
@@ -255,7 +255,7 @@ class ShardGroup:
 
     def _lost(self, rank: int, what: str) -> ShardsLost:
         self.ranks[rank].answers = False
-        return ShardsLost(f"rank {rank} {what}")
+        return ShardsLost(f"shard {rank} {what}")
 
 
 def step_message(plan: StepPlan, step_id: int) -> shard_pb2.Step:

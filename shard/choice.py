@@ -10,14 +10,6 @@ TopTokens = tuple[tuple[int, float], ...]
 """(id, logprob) of what was most likely, the likeliest first."""
 
 
-class Sampled(NamedTuple):
-    """The chosen token of one row."""
-
-    token_id: int
-    logprob: float  # of the model itself: before bias, penalties, temperature and filters
-    top_tokens: TopTokens
-
-
 class Tokens(NamedTuple):
     """The chosen tokens in columns: most steps have rows of three numbers and nothing else."""
 

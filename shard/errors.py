@@ -45,4 +45,7 @@ def is_out_of_memory(error: Exception) -> bool:
         return error.out_of_memory
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # What torch says of the host's memory, of memory pinned there or taken by a recording, of
+    # cuBLAS.
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -73,7 +73,7 @@ async def _serve(settings: ShardSettings) -> None:
         )
         service = ShardService(engine, info, size_cache, device_thread)
         server = await _start_server(settings, service)
-        logger.info("rank %d serves %s on %s", info.rank, info.model_type, info.device)
+        logger.info("shard %d serves %s on %s", info.rank, info.model_type, info.device)
         await stop.wait()
         await server.stop(grace=1.0)
         service.close()

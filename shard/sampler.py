@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.proto.shard_pb2 import SamplingParams
-from tessera.shard.choice import Choice, Sampled
+from tessera.shard.choice import Choice
 from tessera.shard.gumbel import draw, key_of
 from tessera.shard.survey import Survey, survey
 from tessera.shard.unread_tokens import resolved
@@ -47,11 +47,6 @@ class SampleRow(NamedTuple):
     def generated_ids(self) -> Sequence[int]:
         """What was sampled before."""
         return self.token_ids[self.num_prompt_tokens :]
-
-
-def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """`choose`, and wait for it."""
-    return list(map(Sampled, *choose(logits_RV, rows).read()))
 
 
 def choose(

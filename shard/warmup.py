@@ -11,10 +11,11 @@ from tessera.proto.image_layout import AnyResLayout, ImageLayout
 from tessera.shard.backends.base import LayerCache
 from tessera.shard.backends.host_memory import return_freed_memory
 from tessera.shard.batch import Batch, BatchBuilder
+from tessera.shard.decode_graphs import batch_sizes
 from tessera.shard.engine import Engine
 from tessera.shard.errors import DeviceError, is_out_of_memory
 from tessera.shard.models.base import ImageTiles
-from tessera.shard.sampler import SampleRow, sample
+from tessera.shard.sampler import SampleRow, choose
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def warm_up(
     _settle(engine)
     # What the trial left behind for good: compiled primitives, workspaces, thread stacks.
     free -= max(0, backend.used_memory_bytes() - weights)
+    if not _on_host(engine):  # and what torch does not count: loaded kernels, NCCL's buffers
+        free = min(free, int(backend.free_memory_bytes() * memory_fraction))
     shape = engine.cache_shape
     spare = free - step.total - _workspace(free)
     num_blocks = max(0, spare) // shape.block_bytes
@@ -82,7 +85,7 @@ def warm_up(
         raise DeviceError(_explain(engine, request, weights, free, step, num_blocks))
     engine.allocate_cache(num_blocks)
     engine.record_decodes(request.max_batch_size, request.max_context_len)
-    _rehearse(engine, layout)
+    _rehearse(engine, layout, request.max_batch_size)
     return shard_pb2.WarmupReply(
         num_blocks=num_blocks,
         block_bytes=shape.block_bytes,
@@ -95,18 +98,40 @@ def _workspace(free: int) -> int:
     return max(int(free * WORKSPACE_SHARE), LEAST_WORKSPACE_BYTES)
 
 
-def _rehearse(engine: Engine, layout: ImageLayout | None) -> None:
-    """One small step through everything, from which a group learns its collectives."""
-    step = shard_pb2.Step()
-    step.chunks.add(token_ids=[0], new_block_ids=[1], is_last=True, num_prompt_tokens=1)
-    step.chunks[0].sampling.SetInParent()
+def _rehearse(engine: Engine, layout: ImageLayout | None, max_batch: int) -> None:
+    """Small steps through everything: a group learns its collectives, a GPU gets its kernels.
+
+    Kernels are compiled, and recordings brought to the device, when they are first used.
+    """
+    # Two tokens, as one alone is computed like a decode; a draw, as it takes a kernel of its own.
+    first = shard_pb2.Step()
+    blocks = range(1, 1 + -(-2 // engine.block_size))
+    first.chunks.add(token_ids=[0, 0], new_block_ids=blocks, is_last=True, num_prompt_tokens=2)
+    first.chunks[0].sampling.temperature = 1.0
     if layout is not None:
         pixels = bytes(3 * layout.tile**2)
         image = {"height": layout.tile, "width": layout.tile, "num_tiles": 1, "tiles": pixels}
-        step.images.add(content_hash=bytes(16), **image)
+        first.images.add(content_hash=bytes(16), **image)
+    sizes = [] if _on_host(engine) else batch_sizes(max_batch)
     with torch.inference_mode():
-        engine.run(step)
-    engine.reset()
+        for step in (first, *map(_single_tokens, sizes)):
+            engine.run(step)
+            engine.reset()
+
+
+def _single_tokens(batch: int) -> shard_pb2.Step:
+    """One token of each of `batch` sequences, which is a decode for a device."""
+    step = shard_pb2.Step()
+    for number in range(batch):
+        step.chunks.add(
+            sequence_id=number,
+            token_ids=[0],
+            new_block_ids=[1],
+            is_last=True,
+            num_prompt_tokens=1,
+            sampling=shard_pb2.SamplingParams(),
+        )
+    return step
 
 
 def _explain(
@@ -279,7 +304,8 @@ def _sample(engine: Engine, num_rows: int) -> None:
         every_feature = shard_pb2.SamplingParams(
             temperature=0.9, top_k=10, top_p=0.9, typical_p=0.9, repetition_penalty=1.2
         )
-        sample(logits_RV, [SampleRow(every_feature, [0], 1)] * num_rows)
+        rows = [SampleRow(every_feature, [0], 1)] * num_rows
+        choose(logits_RV, rows, placement.backend.draw, survey=placement.backend.survey).read()
 
 
 def _blank_images(layout: ImageLayout, num_tiles: int) -> list[ImageTiles]:

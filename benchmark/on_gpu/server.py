@@ -14,6 +14,8 @@ from benchmark.load.workload import Conversation, Turn
 from benchmark.peer_servers.servers import own_server
 from benchmark.peers import LIMIT_S, Prompts
 
+LOG_CHARACTERS = 5000  # of the server's log, that an error tells
+
 
 def tokens_per_s(
     folder: Path, streams: int, prompt_tokens: int, new_tokens: int, rounds: int
@@ -24,13 +26,18 @@ def tokens_per_s(
         OSError: the server does not start, or a request failed.
     """
     prompts = Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    with tempfile.TemporaryDirectory() as logs, own_server(folder, Path(logs) / "log") as url:
-        return [
-            asyncio.run(
-                _rate(url, folder.name, _asked(prompts, streams, prompt_tokens), new_tokens)
-            )
-            for _ in range(rounds + 1)
-        ][1:]
+    with tempfile.TemporaryDirectory() as folder_of_log:
+        log = Path(folder_of_log) / "log"
+        try:
+            with own_server(folder, log) as url:
+                return [
+                    asyncio.run(
+                        _rate(url, folder.name, _asked(prompts, streams, prompt_tokens), new_tokens)
+                    )
+                    for _ in range(rounds + 1)
+                ][1:]
+        except OSError as error:  # the log is gone with this process
+            raise OSError(f"{error}\n{log.read_text()[-LOG_CHARACTERS:]}") from error
 
 
 def _asked(prompts: Prompts, streams: int, prompt_tokens: int) -> list[Conversation]:

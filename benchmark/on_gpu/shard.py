@@ -1,5 +1,6 @@
 """A loaded model with a cache, and the kinds of step that are timed on it."""
 
+import gc
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,5 +125,6 @@ class GpuShard:
 
 def free(device: torch.device) -> None:
     """Give the device's unused memory back, for others."""
+    gc.collect()  # what is no longer used may still refer to itself
     if device.type != "cpu":
         torch.accelerator.empty_cache()

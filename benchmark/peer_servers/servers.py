@@ -1,7 +1,6 @@
 """Servers of the same model by different software, started and stopped the same way."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -116,7 +115,6 @@ def peer_server(peer: Peer, folder: Path, streams: int, log: Path) -> Iterator[s
         OSError: it cannot be installed or does not start.
     """
     peer.environment.install()
-    _complete_index(folder / "model.safetensors.index.json")
     port = _free_port()
     fields = {
         "python": str(peer.environment.python),
@@ -127,12 +125,6 @@ def peer_server(peer: Peer, folder: Path, streams: int, log: Path) -> Iterator[s
     command = [argument.format(**fields) for argument in peer.arguments]
     with _running(command, OFFLINE | dict(peer.variables), port, peer.ready_path, log) as url:
         yield url
-
-
-def _complete_index(path: Path) -> None:
-    """Give a checkpoint's index the part that transformers insists on and this project ignores."""
-    if path.exists() and "metadata" not in (index := json.loads(path.read_text())):
-        path.write_text(json.dumps({"metadata": {}} | index))
 
 
 @contextlib.contextmanager

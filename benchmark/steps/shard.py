@@ -23,8 +23,6 @@ from tessera.shard.parallel import Group
 from tessera.shard.quantization_names import quantization
 from tessera.shard.sampler import choose
 
-Clock = Callable[[], float]
-
 
 @dataclass(frozen=True, slots=True)
 class Took:

@@ -24,7 +24,7 @@ class Answer:
         usage: the server's counts of tokens; None until the end, and if it never comes.
         warnings: sentences of the server about what it did differently than asked.
         first_s: seconds from asking to the first piece; None before it.
-        last_s: seconds from asking to the latest piece.
+        seconds: from asking to what came last, which is the end of the answer in the end.
     """
 
     def __init__(self, pieces: Iterator[ChatCompletionChunk]) -> None:
@@ -34,19 +34,19 @@ class Answer:
         self.usage: Mapping[str, Any] | None = None
         self.warnings: list[str] = []
         self.first_s: float | None = None
-        self.last_s = 0.0
+        self.seconds = 0.0
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text. Raises ChatError."""
         for chunk in self._pieces:
+            self.seconds = time.monotonic() - self._asked
             self.warnings += (chunk.model_extra or {}).get("warnings", [])
             if chunk.usage is not None:
                 self.usage = chunk.usage.model_dump()
             piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
             piece = piece if self.text else piece.lstrip()
             if piece:
-                self.last_s = time.monotonic() - self._asked
-                self.first_s = self.last_s if self.first_s is None else self.first_s
+                self.first_s = self.seconds if self.first_s is None else self.first_s
                 self.text += piece
                 yield piece
         if self.usage is None:

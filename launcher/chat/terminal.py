@@ -15,7 +15,6 @@ from tessera.launcher.chat.server import Answer
 from tessera.launcher.terminal_picture import half_blocks
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 40, 16
-LEAST_FOR_RATE = 10  # tokens; fewer often come in one piece, which tells nothing
 _KEPT = (ord("\n"), ord("\t"))
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code not in _KEPT}
 
@@ -98,18 +97,17 @@ def is_interactive() -> bool:
 
 
 def numbers(answer: Answer) -> list[str]:
-    """What an answer cost, each a few words."""
+    """What an answer cost, each a few words; tokens per second are those of the whole answer."""
     told = []
     if answer.first_s is not None:
         told.append(f"first token {answer.first_s:.2f} s")
     if answer.usage is None:
         return told
     tokens = answer.usage["completion_tokens"]
-    took = answer.last_s - (answer.first_s or 0.0)
-    if tokens >= LEAST_FOR_RATE and took > 0:
-        told.append(f"{(tokens - 1) / took:.1f} tokens/s")
+    rate = f"{tokens / answer.seconds:.1f} tokens/s"
+    told.append(f"{tokens} tokens in {answer.seconds:.2f} s ({rate})")
     details = answer.usage.get("prompt_tokens_details") or {}
-    told += [f"{tokens} tokens", f"prompt {answer.usage['prompt_tokens']}"]
+    told.append(f"prompt {answer.usage['prompt_tokens']}")
     told.append(f"image {details.get('image_tokens') or 0}")
     told.append(f"cached {details.get('cached_tokens') or 0}")
     return told

@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import multiprocessing.synchronize
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
@@ -40,6 +39,7 @@ from tessera.launcher.demo.tiles import (
     RIGHT,
     SHAPE,
 )
+from tessera.proto.processors import usable_processors
 
 VISION_SHARE = 0.18  # of the training: the vision tower alone
 PAGE_EVERY = 6  # afterwards every sixth step is a page again
@@ -459,7 +459,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=85.0, help="wall-clock training time")
     parser.add_argument("--steps", type=int, default=0, help="number of steps; overrides --minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=len(usable_processors()))
     parser.add_argument("--state", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument(

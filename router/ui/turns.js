@@ -2,8 +2,6 @@
 
 import { image } from "./pictures.js";
 
-const LEAST_FOR_RATE = 10; // tokens; fewer often come in one piece, which tells nothing
-
 /** The element of a question. */
 export function questionTurn(text, pictures) {
   const turn = element("article", "turn question");
@@ -38,9 +36,9 @@ export class AnswerTurn {
 
   /** Take in a chunk of the stream. */
   add(chunk) {
+    this.#last = performance.now();
     const piece = chunk.choices[0]?.delta.content;
     if (piece) {
-      this.#last = performance.now();
       this.#first ??= this.#last;
       this.#pieces += 1;
       this.text += piece;
@@ -78,9 +76,9 @@ export class AnswerTurn {
     if (this.#first === null) return;
     yield ["ttft", `first token ${seconds(this.#first - this.#asked)}`];
     const tokens = this.#usage?.completion_tokens ?? this.#pieces;
-    const took = this.#last - this.#first;
-    if (tokens >= LEAST_FOR_RATE && took > 0) {
-      yield ["rate", `${((1000 * (tokens - 1)) / took).toFixed(1)} tokens/s`];
+    const took = this.#last - this.#asked; // the whole answer
+    if (took > 0) {
+      yield ["rate", `${((1000 * tokens) / took).toFixed(1)} tokens/s`];
     }
   }
 }

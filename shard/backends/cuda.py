@@ -1,8 +1,11 @@
 """NVIDIA GPUs: Triton kernels where they work, recorded decode steps. Never run on hardware; its
 kernels are interpreted and compiled for Hopper by the tests."""
 
+import contextlib
 import logging
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -80,7 +83,9 @@ class CudaDevice:
 
     def wait(self, mark: torch.cuda.Event) -> None:
         """See `Backend.wait`."""
-        mark.synchronize()
+        # A thread begins at the first GPU; waiting there would take memory on it.
+        with torch.cuda.device(self.device):
+            mark.synchronize()
 
     def elapsed_ns(self, first: torch.cuda.Event, last: torch.cuda.Event) -> int:
         """See `Backend.elapsed_ns`."""
@@ -89,29 +94,52 @@ class CudaDevice:
 
     def record(self, work: Callable[[], None], after: Recording | None) -> Recording | None:
         """See `Backend.record`: a CUDA graph, in the memory of the one before it."""
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            work()  # compiles kernels, makes the libraries' workspaces
-        current.wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        free_before, _total = torch.cuda.mem_get_info(self.device)
+        current, side = torch.cuda.current_stream(), self._recording_stream
+        pool = after.pool if isinstance(after, CudaGraph) else torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        pool = after.graph.pool() if isinstance(after, CudaGraph) else None
-        with torch.cuda.graph(graph, pool=pool):
-            work()
+        # The outer block also ends when capturing fails; torch.cuda.graph stays on its stream then.
+        with torch.cuda.stream(side):
+            side.wait_stream(current)
+            work()  # compiles kernels, makes the libraries' workspaces
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            free_before, _total = torch.cuda.mem_get_info(self.device)
+            self._capture(graph, pool, side, work)
+        current.wait_stream(side)
         torch.cuda.empty_cache()
         free_after, _total = torch.cuda.mem_get_info(self.device)
-        return CudaGraph(graph, max(0, free_before - free_after))
+        return CudaGraph(graph, pool, max(0, free_before - free_after))
+
+    @cached_property
+    def _recording_stream(self) -> torch.cuda.Stream:
+        """One for all recordings: cuBLAS keeps a workspace of its own for each stream, for good."""
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _capture(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        pool: Any,
+        side: torch.cuda.Stream,
+        work: Callable[[], None],
+    ) -> None:
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side):
+                work()
+        except Exception:
+            # torch ends a recording that CUDA has given up by half: its allocator would stay as if
+            # recording, and fail when it must make room. It complains where there is nothing to do.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                torch._C._cuda_releasePool(self.device.index, pool)
+            raise
 
 
 class CudaGraph:
     """See `Recording`."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, num_bytes: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any, num_bytes: int) -> None:
         self.graph = graph
+        self.pool = pool
         self.num_bytes = num_bytes
 
     def replay(self) -> None:

@@ -31,13 +31,19 @@ class Tiles:
     rows: int  # query tokens times heads of a group
     keys: int
     warps: int
-    stages: int  # tiles of keys under way from memory
+    stages: int  # of the pipeline; half of them load block ids, half the keys that these lead to
 
 
 def decode_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:
-    """Few rows: what counts is that enough keys are under way."""
-    keys = {256: 64, 512: 32}.get(max(256, _row_bytes(head_size, dtype)), 16)
-    return Tiles(_rows_for(group), keys, 4, 3)
+    """Few rows: what counts is that enough keys are under way.
+
+    With 3 stages the next keys are asked for when these are multiplied, with 5 one tile before.
+    """
+    row_bytes = _row_bytes(head_size, dtype)
+    keys = {256: 64, 512: 32}.get(max(256, row_bytes), 16)
+    # Of programs with short rows a multiprocessor holds many; float32 would run out of registers.
+    stages = 5 if row_bytes >= 256 and dtype.itemsize == 2 else 3
+    return Tiles(_rows_for(group), keys, 4, stages)
 
 
 def chunk_tiles(head_size: int, dtype: torch.dtype, group: int) -> Tiles:

@@ -1,6 +1,7 @@
 """Any device that Triton compiles for: own kernels for attention over pages and the small
 operations, torch's for the rest. A device's own file adds its memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.triton_attention import attend_chunks, attend_decodes, num_splits
 from tessera.shard.backends.triton_ops import add_rms_norm, draw, rotate_and_store, silu_mul
 
-FLASH_TOKENS = 512  # of prompts in a step, from which copying their contexts together pays
+FLASH_TOKENS = 512  # of a prompt in a step, from which copying its context pays
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,23 @@ class TritonBackend(FusedAttentionBackend):
         if self._plan is None or self._plan.layout is not layout:
             lengths = [end - start for start, end in pairwise(layout.query_start)]
             decodes = next((s for s, n in enumerate(lengths) if n != 1), len(lengths))
-            tokens = layout.query_start[-1]
             contexts = None
-            if self.flash and flash_fits(q_TNH) and tokens - decodes >= FLASH_TOKENS:
+            others = slice(decodes, None)
+            pays = copying_pays(lengths[others], layout.context_lens[others])
+            if self.flash and pays and flash_fits(q_TNH):
                 contexts = PackedContexts.of(layout, decodes, block_size)
-            self._plan = _Plan(layout, decodes, tokens, contexts)
+            self._plan = _Plan(layout, decodes, layout.query_start[-1], contexts)
         return self._plan
+
+
+def copying_pays(lengths: Sequence[int], context_lens: Sequence[int]) -> bool:
+    """Whether a key that is copied is read by `FLASH_TOKENS` new tokens, on average over all keys.
+
+    Many short prompts that share a long beginning would copy it for each of them, which takes
+    longer than to read it and memory that no trial has shown.
+    """
+    read = sum(length * context for length, context in zip(lengths, context_lens, strict=True))
+    return read > 0 and read >= FLASH_TOKENS * sum(context_lens)
 
 
 def kernels_work(backend: TritonBackend) -> bool:

@@ -92,6 +92,6 @@ def draw(scores_RV: Tensor, keys_R: Tensor) -> Tensor:
     ids_R = keys_R.new_empty(num_rows)
     if num_rows:
         kernels.draw[(num_rows,)](
-            ids_R, scores_RV, keys_R, VOCABULARY=vocabulary, BLOCK=SCORES_AT_ONCE, num_warps=8
+            ids_R, scores_RV, keys_R, vocabulary, BLOCK=SCORES_AT_ONCE, num_warps=8
         )
     return ids_R

@@ -113,22 +113,29 @@ def _as_kept(value, cache, LARGEST: tl.constexpr):
     return value.to(cache.dtype.element_ty)
 
 
-@triton.jit
-def draw(ids, scores, keys, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: argmax(score - log(-log(u))), the numbers u as `gumbel.uniforms` makes them."""
+# One kernel for every vocabulary: the trial at the start has compiled it for the first request.
+@triton.jit(
+    do_not_specialize=["vocabulary"], do_not_specialize_on_alignment=["ids", "scores", "keys"]
+)
+def draw(ids, scores, keys, vocabulary, BLOCK: tl.constexpr):
+    """One row: argmax(score - log(-log(u))), the numbers u as `gumbel.uniforms` makes them.
+
+    A score that is NaN is never drawn: beside one, argmax may name a place past the row's end.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.load(keys + row).to(tl.uint64, bitcast=True)
     best = tl.full([], float("-inf"), tl.float64)
     best_id = tl.full([], 0, tl.int32)
-    for first in range(0, VOCABULARY, BLOCK):
+    for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        inside = column < VOCABULARY
+        inside = column < vocabulary
         z = (column + 1).to(tl.uint64) * GOLDEN + key
         z = (z ^ (z >> 30)) * MIX_1
         z = (z ^ (z >> 27)) * MIX_2
         z = z ^ (z >> 31)
         uniform = ((z >> 12).to(tl.float64) + 0.5) * UNIT
-        score = tl.load(scores + row * VOCABULARY + column, mask=inside, other=float("-inf"))
+        score = tl.load(scores + row * vocabulary + column, mask=inside, other=float("-inf"))
+        score = tl.where(score == score, score, float("-inf"))
         value = score.to(tl.float64) - tl.log(-tl.log(uniform))
         highest = tl.max(value, 0)
         if highest > best:

@@ -74,6 +74,24 @@ def test_the_report_says_how_it_was_made(report: dict) -> None:
     assert "torch" in report["about"]["versions"]
 
 
+def test_a_server_that_fails_costs_nothing_else(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("the server did not start")
+
+    monkeypatch.setattr(gpu, "_server", fails)
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--folder", str(folder), "--out", str(out), *SIZES]
+    assert gpu.main([*arguments, "--batches", "1", "--parts", "server", "transformers"]) == 1
+    assert "did not start" in capsys.readouterr().err
+    report = json.loads(out.read_text())
+    assert report["steps"] and report["transformers"] and "server" not in report
+
+
 def test_an_absent_gpu_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tessera.shard.backends.cuda.available", lambda: False)
     with pytest.raises(DeviceError, match="'cuda' is not available"):

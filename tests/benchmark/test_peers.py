@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 from aiohttp import web
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from benchmark import peers, stack, start
+from benchmark import checkpoints, peers, stack, start
 from benchmark.checkpoints import make
 from benchmark.load.client import Record
 from benchmark.peer_servers import servers
@@ -188,12 +189,17 @@ def test_a_peer_that_fails_to_see_keeps_its_figures_for_text(
     assert found["first_token_after_picture_ms"] == {"reason": "the server exited with 1"}
 
 
-def test_an_index_is_completed_for_others(tmp_path: Path) -> None:
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "b"}}')
-    with pytest.raises(OSError), peer_server(peer_of(""), tmp_path, 1, tmp_path / "log"):
-        pass
-    assert json.loads(index.read_text()) == {"metadata": {}, "weight_map": {"a": "b"}}
+def test_a_checkpoint_has_the_index_that_others_insist_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 1)
+    folder = make("llama", {}, tmp_path / "tiny")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    assert len(files) > 1
+    assert index["weight_map"] == {name: file for file, part in files.items() for name in part}
+    num_bytes = sum(tensor.nbytes for part in files.values() for tensor in part.values())
+    assert index["metadata"] == {"total_size": num_bytes}
 
 
 def test_a_server_is_ended_with_all_its_processes(tmp_path: Path) -> None:

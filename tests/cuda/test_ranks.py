@@ -47,7 +47,11 @@ def test_two_processes_on_one_gpu(checkpoint: Callable[[str], Path], tmp_path: P
     torch.save(jobs, tmp_path / "jobs")
     files = [str(tmp_path / name) for name in ("rendezvous", "jobs", "results")]
     command = [sys.executable, "-m", "tests.cuda.gloo_rank"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "GLOO_SOCKET_IFNAME": "lo",  # the host's own name may not resolve to itself
+    }
     ranks = [
         subprocess.Popen([*command, str(rank), *files], env=environment, cwd=ROOT)
         for rank in range(2)

@@ -118,7 +118,9 @@ def test_a_session(open_chat: OpenChat, tmp_path: Path) -> None:
     terminal.type("What is shown in this image? <image>")  # as one writes it elsewhere
     terminal.until("A red circle, a blue star and a green triangle")
     numbers = terminal.until("you>")
-    assert re.search(r"first token [\d.]+ s · [\d.]+ tokens/s · \d+ tokens · ", numbers)
+    assert re.search(
+        r"first token [\d.]+ s · \d+ tokens in [\d.]+ s \([\d.]+ tokens/s\) · ", numbers
+    )
     assert "image 90" in numbers
     terminal.type("How many shapes are there?")
     terminal.until("Three.")

@@ -52,7 +52,7 @@ def test_the_fullest_load_stays_within_the_budget() -> None:
     flags = ["--num-shard", "1", "--cuda-memory-fraction", str(FRACTION)]
     with running(DEMO / "model", *flags) as stack:
         told = re.search(
-            r"rank 0: (\d+) MiB in use, up to (\d+) MiB for a step, (\d+) cache blocks", stack.log
+            r"shard 0: (\d+) MiB in use, up to (\d+) MiB for a step, (\d+) cache blocks", stack.log
         )
         assert told
         in_use, num_blocks = int(told[1]) * MIB, int(told[3])

@@ -64,7 +64,7 @@ def test_nobody_notices_that_a_rank_was_short(started: tuple[Stack, Memory], row
             assert replies[1].json()["generated_text"] == expected[1]
             assert "choices" in await anext(events)
 
-    for rank in range(2 if "rank 1" in stack.log else 1):
+    for rank in range(2 if "shard 1" in stack.log else 1):
         memory.set(rank, rows)
         try:
             asyncio.run(go())

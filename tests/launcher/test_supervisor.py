@@ -113,12 +113,12 @@ def test_all_shards_are_started_anew_when_one_is_lost(launch: Launch) -> None:
     launched.await_log("All shards are started anew (1 of 2)")
     eventually(lambda: len(launched.pids) == 5, "two new shards")
     assert len([pid for pid in launched.pids if alive(pid)]) == 3
-    get(launched, "/report/lost+0+rank+1+is+gone")  # known already: it is of the first ones
+    get(launched, "/report/lost+0+shard+1+is+gone")  # known already: it is of the first ones
     get(launched, "/report/ready")
     eventually(lambda: launched.log.count("ready: ") == 2, "the second time")
     assert len(launched.pids) == 5
-    get(launched, "/report/lost+1+rank+0+has+not+answered")
-    launched.await_log("rank 0 has not answered. All shards are started anew (2 of 2)")
+    get(launched, "/report/lost+1+shard+0+has+not+answered")
+    launched.await_log("shard 0 has not answered. All shards are started anew (2 of 2)")
     eventually(lambda: len(launched.pids) == 7, "two more")
     get(launched, "/report/ready")
     eventually(lambda: launched.log.count("ready: ") == 3, "the third time")

@@ -48,7 +48,7 @@ class ScriptedShards:
         plan = self.plans[step_id]
         await (self.gate.wait() if self.gate else asyncio.sleep(self.delay_s))
         if self.lost_at is not None and len(self.plans) > self.lost_at:
-            raise ShardsLost("rank 1 is gone")
+            raise ShardsLost("shard 1 is gone")
         reply = shard_pb2.StepReply()
         sampling = [row.sequence for row in plan.decodes]
         sampling += [chunk.sequence for chunk in plan.chunks if chunk.is_last]

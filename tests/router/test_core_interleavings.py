@@ -77,7 +77,7 @@ class ModelShards:
             await asyncio.sleep(0)
         self._num_awaited += 1
         if self._num_awaited - 1 in self._lost_at:
-            raise ShardsLost("rank 0 is gone")
+            raise ShardsLost("shard 0 is gone")
         return self._replies.popleft()
 
     def _run(self, plan: StepPlan) -> shard_pb2.StepReply:

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llguidance import LLParserLimits
+from llguidance import LLExecutor, LLParserLimits
 
 from tessera.router import guidance_compile, guidance_masks
 from tessera.router.blocks import BlockPool
@@ -137,6 +137,21 @@ def test_an_answer_follows_a_lark_grammar_with_json_inside(guides: Guides) -> No
     source = 'start: "<call>" %json {"type":"integer","minimum":0,"maximum":99} "</call>"'
     [(text, _)] = answers(guides, [Grammar(GrammarKind.LARK, source)])
     assert re.fullmatch(r"<call>\d{1,2}</call>", text)
+
+
+def test_masks_take_no_more_threads_than_cpus_may_be_used(
+    guides: Guides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def executor(num_threads: int) -> LLExecutor:
+        asked.append(num_threads)
+        return LLExecutor(num_threads)
+
+    monkeypatch.setattr(guidance_masks, "LLExecutor", executor)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3}, raising=False)
+    answers(guides, [Grammar(GrammarKind.REGEX, "[0-9]{3}")])
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("token", ["<s>", "<[1]>"])

@@ -25,7 +25,7 @@ class HungShards(ScriptedShards):
 
     async def watch(self) -> None:
         await asyncio.sleep(0.05)
-        raise ShardsLost("rank 0 has not answered")
+        raise ShardsLost("shard 0 has not answered")
 
 
 def test_a_rank_that_hangs_is_noticed_and_requests_are_told(

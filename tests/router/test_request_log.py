@@ -182,7 +182,7 @@ def test_the_field_that_is_refused_is_named_and_never_its_value(
 def test_a_stream_that_fails_is_an_error_though_its_status_is_not(
     text_app: App, lines: Lines
 ) -> None:
-    app = text_app(FakeGenerator(Script(error=GenerationError("a rank is gone"), error_after=2)))
+    app = text_app(FakeGenerator(Script(error=GenerationError("a shard is gone"), error_after=2)))
     assert post(app, "/generate_stream", {"inputs": "x"}).status_code == 200
     level, fields = lines.only()
     assert (level, fields["status"], fields["error_type"]) == ("ERROR", 200, "generation")

@@ -213,12 +213,12 @@ def test_a_warm_up_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("fault", ["dies", "ends", "skips"])
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, fault: str) -> None:
-    with pytest.raises(ShardsLost, match="rank 1"):
+    with pytest.raises(ShardsLost, match="shard 1"):
         with_ranks(tmp_path, ("", fault), two_steps)
 
 
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardsLost, match="rank 1 has not answered"):
+    with pytest.raises(ShardsLost, match="shard 1 has not answered"):
         with_ranks(tmp_path, ("", "hangs"), lambda group: group.watch(0.01, 0.1))
 
 
@@ -227,7 +227,7 @@ def test_a_rank_that_ends_while_nobody_asks_for_anything_is_noticed(tmp_path: Pa
         await warm_up(group)
         await asyncio.wait_for(group.watch(interval_s=60, timeout_s=60), 20)
 
-    with pytest.raises(ShardsLost, match="rank 1 is gone: the process ended"):
+    with pytest.raises(ShardsLost, match="shard 1 is gone: the process ended"):
         with_ranks(tmp_path, ("", "leaves"), idle)
 
 
@@ -243,7 +243,7 @@ def test_nothing_of_a_watch_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_was_started_anew_is_another_one(tmp_path: Path) -> None:
-    with pytest.raises(ShardsLost, match="rank 1 was started anew"):
+    with pytest.raises(ShardsLost, match="shard 1 was started anew"):
         with_ranks(tmp_path, ("", "is new"), lambda group: group.watch(0.01, 5))
 
 

@@ -41,13 +41,14 @@ class TableModel:
         )
         self.layouts: list[StepLayout] = []
         self.room = 1_000_000  # tokens, or pictures, that fit into memory at once
+        self.shortage: Exception = torch.OutOfMemoryError("no room")
 
     def embed(self, ids_T: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids_T, VOCABULARY).float()
 
     def encode_images(self, images: list[ImageTiles]) -> list[Tensor]:
         if len(images) > self.room:
-            raise torch.OutOfMemoryError("no room")
+            raise self.shortage
         if any(int(image.tiles[0, 0, 0, 0]) == BROKEN for image in images):
             raise ValueError("a picture that the model cannot take")
         # Feature k of a picture looks like the token with the value of the first pixel plus k.
@@ -62,7 +63,7 @@ class TableModel:
     ) -> Tensor:
         self.layouts.append(layout)
         if x_TD.shape[0] > self.room:
-            raise torch.OutOfMemoryError("no room")
+            raise self.shortage
         if BAD in x_TD.argmax(-1).tolist():
             raise IndexError("a token that the model cannot take")
         hidden_TD = x_TD @ self.table_VV
@@ -176,10 +177,22 @@ def test_a_step_that_runs_out_of_memory_is_done_in_parts(
         assert ends == list(layout.context_lens) == layout.context_lens_S.tolist()
 
 
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        torch.OutOfMemoryError("no room"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_no_room_for_a_single_token_fails_the_sequence_with_the_setting_to_lower(
-    engine: Engine, model: TableModel
+    engine: Engine, model: TableModel, shortage: Exception
 ) -> None:
-    model.room = 0
+    model.room, model.shortage = 0, shortage
     reply = engine.run(shard_pb2.Step(chunks=[chunk(0, [5])]))
     assert "MAX_BATCH_PREFILL_TOKENS" in reply.failures[0].message and not reply.tokens.token_ids
 

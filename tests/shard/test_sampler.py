@@ -1,14 +1,27 @@
 """Sampling against transformers' processors, against softmax, and against itself in company."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
 from tessera.proto.shard_pb2 import LogitBias, SamplingParams
-from tessera.shard.choice import Sampled
-from tessera.shard.sampler import SampleRow, _filtered, sample
+from tessera.shard.choice import TopTokens
+from tessera.shard.sampler import SampleRow, _filtered, choose
 
 VOCABULARY = 50
+
+
+class Sampled(NamedTuple):
+    token_id: int
+    logprob: float
+    top_tokens: TopTokens
+
+
+def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    return list(map(Sampled, *choose(logits_RV, rows).read()))
 
 
 def make_row(
@@ -149,7 +162,7 @@ def test_a_seeded_row_draws_the_same_alone_and_in_company() -> None:
     for index in range(8):
         assert sample(logits[index : index + 1], [rows[index]]) == [together[index]]
     order = [5, 2, 7, 0, 1, 6, 3, 4]
-    shuffled: list[Sampled] = sample(logits[order], [rows[index] for index in order])
+    shuffled = sample(logits[order], [rows[index] for index in order])
     assert shuffled == [together[index] for index in order]
 
 

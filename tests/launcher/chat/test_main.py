@@ -1,16 +1,20 @@
 """tessera-chat against servers that misbehave, or are not there."""
 
 import json
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
+from tessera.launcher.chat import server as chat_server
 from tessera.launcher.chat.main import main
-from tessera.launcher.chat.terminal import harmless
+from tessera.launcher.chat.terminal import harmless, numbers
 
 USAGE = {
     "prompt_tokens": 9,
@@ -82,8 +86,19 @@ def test_answer_numbers_and_warnings(serve: Serve, capsys: pytest.CaptureFixture
     url = serve(chunk(" Three"), chunk(" shapes."), last, "[DONE]")
     code, out, err = run(capsys, "--url", f"{url}/v1/", "How", "many?")
     assert (code, out) == (0, "Three shapes.\n")
-    assert "2 tokens · prompt 9 · image 5 · cached 4" in err
+    assert re.search(r"2 tokens in .* · prompt 9 · image 5 · cached 4", err)
     assert "It was scaled." in err
+
+
+def test_tokens_per_second_are_those_of_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 12.5, 14.0])
+    monkeypatch.setattr(chat_server, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    last = {"choices": [], "usage": USAGE | {"completion_tokens": 12}}
+    frame = {"id": "1", "created": 0, "model": "m", "object": "chat.completion.chunk"}
+    events = (frame | event for event in (chunk(" Three"), chunk(" shapes."), last))
+    answer = chat_server.Answer(map(ChatCompletionChunk.model_validate, events))
+    assert "".join(answer) == "Three shapes."
+    assert numbers(answer)[:2] == ["first token 2.00 s", "12 tokens in 4.00 s (3.0 tokens/s)"]
 
 
 def test_the_key_is_sent(

@@ -9,16 +9,20 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import fields
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from tessera.shard.backends.base import StepLayout
 from tessera.shard.backends.triton_backend import TritonBackend
-from tests.shard.backends.pool import Pool
+from tests.shard.backends.pool import CPU, Pool
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -56,13 +60,17 @@ def spills(ptx: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", told))
 
 
-def compile_only(run: Any, kernel: "JITFunction[Any]", *args: object, **options: object) -> Any:
+def compile_only(
+    kernel: "JITFunction[Any]", run: Any, stage: str, *args: object, **options: object
+) -> Any:
     """In place of `JITFunction.run`: compile for the arguments, launch nothing."""
     compiled = run(kernel, *args, **(options | {"warmup": True}))
     print(
         json.dumps(
             {
                 "kernel": kernel.__name__,
+                "stage": stage,
+                "hash": compiled.hash,
                 "dtype": triton.runtime.jit.mangle_type(args[0]).removeprefix("*"),
                 "cubin": len(compiled.asm["cubin"]),
                 "shared": compiled.metadata.shared,
@@ -75,23 +83,69 @@ def compile_only(run: Any, kernel: "JITFunction[Any]", *args: object, **options:
     return compiled
 
 
+def every_kernel() -> None:
+    for dtype, kept, num_heads, num_kv_heads, head_size, window, units in CASES:
+        backend = TritonBackend(CPU, units)
+        pool = Pool([20, 40], (num_heads, num_kv_heads, head_size), dtype, cache_dtype=kept)
+        pool.step(backend, [(0, 19, 20), (1, 0, 40)], window)
+        rotate(backend, pool, pool.layout([(1, 0, 40)]))
+    small_operations(backend, tokens=40, vocabulary=32064)
+
+
+def steps_of_other_sizes() -> None:
+    """What the first of the cases is asked while it serves; its integers lie at any address."""
+    dtype, kept, num_heads, num_kv_heads, head_size, window, units = CASES[0]
+    backend = TritonBackend(CPU, units)
+    pool = Pool([20, 40, 90], (num_heads, num_kv_heads, head_size), dtype, cache_dtype=kept)
+    for parts in (
+        [(1, 0, 40)],
+        [(0, 0, 20), (1, 0, 40), (2, 5, 90)],
+        [(2, 89, 90)],
+        [(0, 19, 20), *[(1, 0, 2)] * 16],
+    ):
+        layout = elsewhere(pool.layout(parts))
+        backend.attend(
+            torch.zeros(layout.query_start[-1], num_heads, head_size, dtype=dtype),
+            pool.cache,
+            layout,
+            window,
+        )
+        rotate(backend, pool, layout)
+    small_operations(backend, tokens=1, vocabulary=101)
+
+
+def rotate(backend: TritonBackend, pool: Pool, layout: StepLayout) -> None:
+    _, num_kv_heads, _, head_size = pool.cache.k_BKPH.shape
+    features = (pool.num_heads + 2 * num_kv_heads) * head_size
+    qkv_TF = torch.zeros(layout.query_start[-1], features, dtype=pool.sequences[0].q_CNH.dtype)
+    backend.rotate_and_store(qkv_TF, torch.zeros(64, head_size), pool.cache, layout)
+
+
+def small_operations(backend: TritonBackend, tokens: int, vocabulary: int) -> None:
+    dtype, width = torch.bfloat16, 4096
+    x_TD, weight_D = torch.zeros(tokens, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    backend.add_rms_norm(x_TD, None, weight_D, 1e-5)
+    backend.add_rms_norm(x_TD, x_TD, weight_D, 1e-5)
+    backend.silu_mul(torch.zeros(tokens, 2 * 14336, dtype=dtype))
+    backend.draw(torch.zeros(tokens, vocabulary), torch.zeros(tokens, dtype=torch.int64))
+
+
+def elsewhere(layout: StepLayout) -> StepLayout:
+    """The same, each tensor one number past where one usually begins."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    parts = (getattr(layout, field.name) for field in fields(layout))
+    return StepLayout(*(moved(part) if isinstance(part, Tensor) else part for part in parts))
+
+
 def main() -> None:
     triton.runtime.driver.set_active(AbsentGpu())
     run = JITFunction.run
-    JITFunction.run = lambda kernel, *args, **options: compile_only(run, kernel, *args, **options)
-    for dtype, kept, num_heads, num_kv_heads, head_size, window, units in CASES:
-        backend = TritonBackend(torch.device("cpu"), units)
-        pool = Pool([20, 40], (num_heads, num_kv_heads, head_size), dtype, cache_dtype=kept)
-        pool.step(backend, [(0, 19, 20), (1, 0, 40)], window)
-        layout = pool.layout([(1, 0, 40)])
-        qkv_TF = torch.zeros(40, (num_heads + 2 * num_kv_heads) * head_size, dtype=dtype)
-        backend.rotate_and_store(qkv_TF, torch.zeros(64, head_size), pool.cache, layout)
-    dtype, width = torch.bfloat16, 4096
-    x_TD, weight_D = torch.zeros(40, width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    backend.add_rms_norm(x_TD, None, weight_D, 1e-5)
-    backend.add_rms_norm(x_TD, x_TD, weight_D, 1e-5)
-    backend.silu_mul(torch.zeros(40, 2 * 14336, dtype=dtype))
-    backend.draw(torch.zeros(40, 32064), torch.zeros(40, dtype=torch.int64))
+    for work in (every_kernel, steps_of_other_sizes):
+        JITFunction.run = partialmethod(compile_only, run, work.__name__)
+        work()
 
 
 if __name__ == "__main__":

@@ -43,30 +43,52 @@ class Driver:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.free = 1000 * MIB
-        self.pools: list[object] = []
+        self.current = self.stream()
+        self.device: object = None
+        self.pools: list[object] = []  # of each recording
+        self.streams: list[object] = []  # on which something was done aside
+        self.underway: list[object] = []  # pools that memory is taken from
 
     def stream(self) -> SimpleNamespace:
         return SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
 
     @contextlib.contextmanager
-    def using(self, stream: object) -> Iterator[None]:
+    def using(self, stream: SimpleNamespace) -> Iterator[None]:
         self.log.append("aside")
-        yield
+        self.streams.append(stream)
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextlib.contextmanager
-    def capturing(self, graph: "Graph", pool: object) -> Iterator[None]:
+    def at(self, device: object) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    @contextlib.contextmanager
+    def capturing(self, graph: "Graph", pool: object, stream: SimpleNamespace) -> Iterator[None]:
+        """As torch's, which does nothing more where the work has failed."""
         self.log.append("capture")
         self.pools.append(pool)
+        self.underway.append(pool)
+        before, self.current = self.current, stream
         yield
+        self.current = before
         self.free -= 5 * MIB
+        self.end(0, pool)
+
+    def end(self, device: int, pool: object) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("not currently recording")
+        self.underway.remove(pool)
 
 
 class Graph:
     def __init__(self) -> None:
         self.replayed = 0
-
-    def pool(self) -> str:
-        return f"pool of {id(self)}"
 
     def replay(self) -> None:
         self.replayed += 1
@@ -86,15 +108,21 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         "reset_peak_memory_stats": lambda device: driver.log.append("reset"),
         "synchronize": lambda device: driver.log.append("synchronize"),
         "empty_cache": lambda: None,
-        "current_stream": driver.stream,
+        "current_stream": lambda: driver.current,
+        "device": driver.at,
         "Stream": lambda device: driver.stream(),
         "stream": driver.using,
         "Event": Event,
         "CUDAGraph": Graph,
+        "graph_pool_handle": object,
         "graph": driver.capturing,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(f"torch.cuda.{name}", stand_in)
+    monkeypatch.setattr("torch._C._cuda_endAllocateToPool", driver.end)
+    monkeypatch.setattr(
+        "torch._C._cuda_releasePool", lambda device, pool: driver.log.append("release")
+    )
     return driver
 
 
@@ -120,8 +148,10 @@ def test_marks_are_events_that_are_waited_for(driver: Driver) -> None:
     device = Recording()
     first, last = device.mark(), device.mark()
     assert device.elapsed_ns(first, last) == 1_500_000
-    device.wait(first)
-    assert first.log == ["synchronize"]  # type: ignore[attr-defined]
+    waited_at = []
+    first.synchronize = lambda: waited_at.append(driver.device)  # type: ignore[method-assign]
+    device.wait(first)  # any thread may, and a new one is at the first device
+    assert waited_at == [DEVICE]
 
 
 def test_work_is_done_once_aside_before_it_is_captured(driver: Driver) -> None:
@@ -139,8 +169,37 @@ def test_recordings_share_the_memory_of_the_one_before(driver: Driver) -> None:
     device = Recording()
     first = device.record(lambda: None, None)
     device.record(lambda: None, first)
-    assert isinstance(first, CudaGraph)
-    assert driver.pools == [None, first.graph.pool()]
+    other = device.record(lambda: None, None)
+    assert isinstance(first, CudaGraph) and isinstance(other, CudaGraph)
+    assert driver.pools == [first.pool, first.pool, other.pool]
+    assert first.pool is not other.pool
+    assert all(stream is driver.streams[0] for stream in driver.streams)
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(driver: Driver) -> None:
+    def work() -> None:
+        if driver.underway:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    device, before = Recording(), driver.current
+    with pytest.raises(RuntimeError, match="not permitted"):
+        device.record(work, None)
+    assert driver.current is before
+    assert not driver.underway and driver.log[-1] == "release"
+
+
+def test_what_fails_after_a_recording_has_ended_is_told(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def capturing(*_: object, **__: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("torch.cuda.graph", capturing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Recording().record(lambda: None, None)
+    assert "release" not in driver.log  # torch has ended it
 
 
 def test_without_triton_torchs_operations_compute_on_the_gpu(

@@ -65,6 +65,13 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         assert each["spills"] == 0
         if each["kernel"] in WITH_MATRICES and each["dtype"] != "fp32":
             assert each["matrix_units"]
+    # Nothing is compiled for a step because of its lengths: that would hold up those in it.
+    usual, other = (
+        {(each["kernel"], each["hash"]) for each in compiled if each["stage"] == stage}
+        for stage in ("every_kernel", "steps_of_other_sizes")
+    )
+    assert {name for name, _ in other} == kernels()
+    assert other <= usual
 
 
 def test_a_processor_needs_no_triton() -> None:

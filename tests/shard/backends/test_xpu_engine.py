@@ -1,7 +1,8 @@
 """A whole engine on the simulated Intel GPU, step for step beside one on the processor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -201,19 +202,43 @@ def test_steps_launched_before_the_tokens_of_the_last_are_read(
         engine.reset()
 
 
-def test_the_warm_up_sizes_the_cache_by_the_devices_memory(
+def warmed_up(
+    engine: Engine, layout: AnyResLayout, free: Sequence[int], max_blocks: int = 0
+) -> int:
+    """Blocks of the cache, where so many bytes are free before and after the trial."""
+    request = shard_pb2.WarmupRequest(
+        max_step_tokens=64,
+        max_context_len=64,
+        max_step_tiles=2,
+        max_batch_size=2,
+        max_feature_tokens=64,
+        max_blocks=max_blocks,
+    )
+    with patch.object(XpuBackend, "free_memory_bytes", side_effect=free):
+        return warm_up(engine, request, 1.0, layout).num_blocks
+
+
+def test_the_warm_up_leaves_no_kernel_unused(
     checkpoint: Callable[[str], Path], layout: AnyResLayout
 ) -> None:
     with simulated_xpu() as device:
         engine = _engine(checkpoint("next-mistral"), XpuBackend(device))
-        request = shard_pb2.WarmupRequest(
-            max_step_tokens=64,
-            max_context_len=64,
-            max_step_tiles=2,
-            max_batch_size=2,
-            max_feature_tokens=64,
-            max_blocks=30,
-        )
-        reply = warm_up(engine, request, 1.0, layout)
-    assert reply.num_blocks == 30
+        with patch.object(engine.model, "forward", wraps=engine.model.forward) as forward:
+            assert warmed_up(engine, layout, [8 << 30, 8 << 30], max_blocks=30) == 30
     assert engine.trial_caches(1)[0].k_BKPH.device == simulated_device().device
+    # At the end: a prompt, then decodes of all sizes.
+    rehearsed = [call.args[2].query_start for call in forward.call_args_list[-3:]]
+    assert rehearsed == [(0, 2), (0, 1), (0, 1, 2)]
+
+
+def test_memory_that_is_gone_after_the_trial_is_not_given_to_the_cache(
+    checkpoint: Callable[[str], Path], layout: AnyResLayout
+) -> None:
+    with simulated_xpu() as device:
+        engine = _engine(checkpoint("next-mistral"), XpuBackend(device))
+        before, after = 1 << 30, 500 << 20
+        blocks = [
+            warmed_up(engine, layout, free)
+            for free in ((before, before), (before, after), (after, after))
+        ]
+    assert blocks[0] > blocks[1] == blocks[2]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tessera.shard.backends import triton_backend
 from tessera.shard.backends.base import StepLayout
 from tessera.shard.backends.reference import as_kept
 from tessera.shard.backends.trial import agrees
 from tessera.shard.backends.triton_attention import Tiles, attend_chunks, attend_decodes, num_splits
-from tessera.shard.backends.triton_backend import TritonBackend
+from tessera.shard.backends.triton_backend import TritonBackend, copying_pays
 from tessera.shard.models.dtype import CACHE_DTYPES
 from tests.shard.backends.pool import CPU, NAN, Pool, assert_close, stored_rows
 
@@ -129,3 +130,51 @@ def test_triton_cuts_contexts_of_few_sequences_only() -> None:
     splits = [num_splits(batch, 8, 132) for batch in range(1, 257)]
     assert splits == sorted(splits, reverse=True)
     assert all(each & (each - 1) == 0 for each in splits)
+
+
+def test_triton_draws_no_score_that_is_not_a_number() -> None:
+    """Beside one, hardware may find the largest past the end of the row."""
+    scores_RV = torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))
+    keys_R = torch.arange(4)
+    expected = TritonBackend(CPU).draw(scores_RV, keys_R)
+    others = torch.ones(4, 2500, dtype=torch.bool).scatter(1, expected[:, None], False)
+    scores_RV[others & (torch.arange(2500) % 3 == 0)] = NAN
+    assert torch.equal(TritonBackend(CPU).draw(scores_RV, keys_R), expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "pays"),
+    [
+        ([(0, 0, 512)], True),
+        ([(0, 200, 712)], True),
+        ([(0, 0, 511)], False),
+        ([(0, 0, 512), (1, 500, 501), (2, 500, 501)], False),
+        ([(n, 0, 128) for n in range(8)], False),
+        ([(0, 0, 1000), (1, 0, 300)], True),
+        ([(0, 0, 0)], False),
+        ([], False),
+    ],
+)
+def test_triton_copies_contexts_that_many_new_tokens_read(
+    parts: list[tuple[int, int, int]], pays: bool
+) -> None:
+    lengths = [last - first for _, first, last in parts]
+    assert copying_pays(lengths, [last for _, _, last in parts]) == pays
+
+
+def test_triton_leaves_long_prompts_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        triton_backend, "flash_attend", lambda out_TNH, *_: asked.append(out_TNH.zero_().shape[0])
+    )
+    pool = Pool([600, 20], (2, 1, 16), torch.float16)
+    backend = TritonBackend(CPU, flash=True)
+    pool.fill(1, 0, 19)
+    for parts, of_flash in (
+        ([(1, 19, 20), (0, 0, 550)], [550]),
+        ([(1, 19, 20), (0, 550, 600)], []),
+    ):
+        asked.clear()
+        decode = pool.step(backend, parts)[0]
+        assert asked == of_flash
+        assert_close(decode, pool.expected(1, 19, 20))
