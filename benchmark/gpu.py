@@ -12,8 +12,8 @@ lies between the end of one step and the start of the next.
     decode        one more token for each of --batches sequences that see --context tokens
     prefill       a prompt of --prompt tokens in one step
     pictures      --pictures pictures of five tiles through the vision tower
-    transformers  its generate on the same device: static cache, sdpa attention, compiled
     server        launcher, router and shard with --streams streams, beside the bare decode steps
+    transformers  its generate on the same device: static cache, sdpa attention, compiled
 
 No device stands in for another: where the one asked for is not there, this ends with an error.
 """
@@ -35,8 +35,8 @@ from benchmark.on_gpu.shard import GpuShard, Row, Timed, free
 from benchmark.results_file import provenance, write_json
 from benchmark.steps.cases import STEPS_PER_ROUND, Case
 
-PARTS = ("decode", "prefill", "pictures", "transformers", "server")
-COMPARED = ("transformers", "server")  # beside the decode steps
+PARTS = ("decode", "prefill", "pictures", "server", "transformers")
+COMPARED = ("server", "transformers")  # beside the decode steps
 SERVER_ROUNDS = 2
 PACKAGES = ("tessera", "torch", "triton", "transformers")
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     free(device)
     decodes = {row["batch"]: row["tokens_per_s"] for row in report["steps"] if "batch" in row}
     status = 0
-    # The server before the peer: what torch compiles for that keeps memory of the device for good.
+    # The server first: what torch compiles for the peer keeps memory of the device for good.
     if "server" in asked.parts:
         try:
             report["server"] = _server(folder, asked, decodes)

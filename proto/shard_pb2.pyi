@@ -105,6 +105,7 @@ class WarmupRequest(_message.Message):
     MAX_CONTEXT_LEN_FIELD_NUMBER: _builtins.int
     MAX_BLOCKS_FIELD_NUMBER: _builtins.int
     MAX_FEATURE_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGEST_CONTEXT_LEN_FIELD_NUMBER: _builtins.int
     max_step_tokens: _builtins.int
     """most tokens (prompt chunks and decodes) in one step"""
     max_batch_size: _builtins.int
@@ -112,11 +113,13 @@ class WarmupRequest(_message.Message):
     max_step_tiles: _builtins.int
     """most image tiles encoded in one step; 0 for text models"""
     max_context_len: _builtins.int
-    """longest sequence, in tokens"""
+    """tokens of a sequence for which there must be room"""
     max_blocks: _builtins.int
     """allocate at most this many blocks; 0: as many as fit"""
     max_feature_tokens: _builtins.int
     """image features kept at once, in tokens"""
+    longest_context_len: _builtins.int
+    """tokens of the longest sequence, where there is room for it"""
     def __init__(
         self,
         *,
@@ -126,10 +129,11 @@ class WarmupRequest(_message.Message):
         max_context_len: _builtins.int = ...,
         max_blocks: _builtins.int = ...,
         max_feature_tokens: _builtins.int = ...,
+        longest_context_len: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_blocks", b"max_blocks", "max_context_len", b"max_context_len", "max_feature_tokens", b"max_feature_tokens", "max_step_tiles", b"max_step_tiles", "max_step_tokens", b"max_step_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["longest_context_len", b"longest_context_len", "max_batch_size", b"max_batch_size", "max_blocks", b"max_blocks", "max_context_len", b"max_context_len", "max_feature_tokens", b"max_feature_tokens", "max_step_tiles", b"max_step_tiles", "max_step_tokens", b"max_step_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,7 +39,7 @@ PATIENCE_S = 60.0
 SHARD_LOST = "a shard was lost; the request can be retried"
 
 
-class _Shards(Enum):
+class _ShardState(Enum):
     """How the shards are. Whether the server drains is another matter."""
 
     LOADING = auto()  # for the first time
@@ -93,7 +93,7 @@ class Core:
         self._masks = GuidanceMasks(shards, self._on_mask_failure, self._wake.set)
         self._queue_time = QueueTime(max_queue_time_s, clock)
         self._queue_timer: asyncio.TimerHandle | None = None
-        self._state = _Shards.LOADING
+        self._state = _ShardState.LOADING
         self._is_draining = False
         self._impatience: asyncio.TimerHandle | None = None
 
@@ -107,12 +107,12 @@ class Core:
     @property
     def ready(self) -> bool:
         """Whether a request submitted now would be run at once."""
-        return self._state is _Shards.SERVING and not self._is_draining
+        return self._state is _ShardState.SERVING and not self._is_draining
 
     @property
     def takes_requests(self) -> bool:
         """Whether a request submitted now would be run, perhaps by shards that are awaited."""
-        return self._state in (_Shards.SERVING, _Shards.AWAITED) and not self._is_draining
+        return self._state in (_ShardState.SERVING, _ShardState.AWAITED) and not self._is_draining
 
     def open(self, limits: ServingLimits, scheduling: SchedulerLimits, pool: BlockPool) -> None:
         """Take requests from now on; called after each warm-up. `scheduling` does not change."""
@@ -122,12 +122,12 @@ class Core:
             self._metrics.open(limits, self._scheduler)
         else:
             self._resume(self._scheduler, pool)
-        self._state = _Shards.SERVING
+        self._state = _ShardState.SERVING
 
     def drain(self) -> None:
         """Refuse new requests; those under way go on, where there are shards."""
         self._is_draining = True
-        if self._state is _Shards.AWAITED:
+        if self._state is _ShardState.AWAITED:
             self.end_all(SHARD_LOST)
 
     def submit(self, request: Request) -> RequestStream:
@@ -175,7 +175,7 @@ class Core:
 
     def lose(self, error: ShardsLost) -> None:
         """Tell every request under way that the shards are gone, and take no more of them."""
-        self._state = _Shards.LOST
+        self._state = _ShardState.LOST
         logger.error("%s", error)
         self.end_all(SHARD_LOST)
 
@@ -183,9 +183,9 @@ class Core:
         """The shards are gone and new ones are awaited, with which all goes on (`open`)."""
         logger.error("%s", error)
         self._masks = GuidanceMasks(self._shards, self._on_mask_failure, self._wake.set)
-        if self._scheduler is None or self._state is not _Shards.SERVING:
+        if self._scheduler is None or self._state is not _ShardState.SERVING:
             return
-        self._state = _Shards.AWAITED
+        self._state = _ShardState.AWAITED
         self._metrics.ranks.lost()
         for sequence in list(self._scheduler.running):
             self._suspend(self._in_flight[sequence.sequence_id])
@@ -201,7 +201,7 @@ class Core:
             flight.stream.progress.preempted_at.append(time.perf_counter())
 
     def _lose_patience(self) -> None:
-        self._state = _Shards.LOST
+        self._state = _ShardState.LOST
         self.end_all(SHARD_LOST)
 
     def _resume(self, scheduler: Scheduler, pool: BlockPool) -> None:
@@ -347,7 +347,7 @@ class Core:
         self._in_flight[flight.sequence.sequence_id] = flight
 
     def _why_not_ready(self) -> str:
-        if self._state is _Shards.LOST:
+        if self._state is _ShardState.LOST:
             return "the server has lost a shard and is restarting"
         if self._is_draining:
             return "the server is shutting down; send the request to another one"

@@ -59,6 +59,7 @@ def warmup_request(
         max_step_tiles=step_tiles(settings, info) if files.layout else 0,
         # Without MAX_TOTAL_TOKENS a shorter window than the model's is fine.
         max_context_len=settings.max_total_tokens or min(max_total, 2 * info.block_size),
+        longest_context_len=max_total,
         max_blocks=max_blocks,
         max_feature_tokens=_feature_tokens(settings, files),
     )

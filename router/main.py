@@ -181,7 +181,7 @@ async def run_watched(core: Core, shards: ShardGroup) -> None:
     """Run steps until cancelled.
 
     Raises:
-        ShardsLost: a rank is gone, or hangs.
+        ShardsLost: a shard is gone, or hangs.
     """
     stepping = asyncio.create_task(core.run())
     watching = asyncio.create_task(shards.watch())

@@ -105,7 +105,7 @@ class ShardGroup:
 
         Raises:
             WarmupFailed: the model does not fit as configured.
-            ShardsLost: a rank is gone.
+            ShardsLost: a shard is gone.
         """
         calls = [stub.Warmup(request) for stub in self._stubs]
         try:
@@ -131,7 +131,7 @@ class ShardGroup:
         """Send one step to all ranks; returns its id, to `receive` it by, in the order of sending.
 
         Raises:
-            ShardsLost: a rank does not take it.
+            ShardsLost: a shard does not take it.
         """
         step = step_message(plan, self._next_step_id)
         self._next_step_id += 1
@@ -167,7 +167,7 @@ class ShardGroup:
         """Rank 0's reply to a step, once all ranks have replied.
 
         Raises:
-            ShardsLost: a rank did not answer this step.
+            ShardsLost: a shard did not answer this step.
         """
         replies = await asyncio.gather(
             *(self._reply(rank, stream, step_id) for rank, stream in enumerate(self._streams))
@@ -177,10 +177,10 @@ class ShardGroup:
     async def watch(
         self, interval_s: float = WATCH_INTERVAL_S, timeout_s: float = ANSWER_TIMEOUT_S
     ) -> None:
-        """Ask every rank now and then for a sign of life; a rank that computes still gives it.
+        """Ask every shard now and then for a sign of life; a shard that computes still gives it.
 
         Raises:
-            ShardsLost: a rank has ended, or did not answer twice in a row. Returns only by this.
+            ShardsLost: a shard has ended, or did not answer twice in a row. Returns only by this.
         """
         ranks = range(len(self._stubs))
         watching = [self._watch(rank, interval_s, timeout_s) for rank in ranks]
@@ -238,7 +238,7 @@ class ShardGroup:
         raise self._lost(rank, f"has not answered for {2 * timeout_s:g} seconds")
 
     async def _stream_end(self, rank: int, stream: StepStream) -> None:
-        """Notices at once that a rank has ended, also while nobody asks for anything."""
+        """Notices at once that a shard has ended, also while nobody asks for anything."""
         await stream.code()
         raise self._lost(rank, f"is gone: {await stream.details() or 'it closed its stream'}")
 

@@ -68,7 +68,7 @@ class BatchBuilder:
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._device = device
-        self._is_host = device.type == "cpu"  # asked once: torch makes a string of it each time
+        self._is_host = device.type == "cpu"  # asked once: torch makes a string of it at each call
         self._block_size = block_size
         self.sequences: dict[int, SequenceState] = {}
 
@@ -202,6 +202,7 @@ class BatchBuilder:
         tables = [sequence.blocks for sequence in rows.sequences]
         columns = max(map(len, tables))
         # Plain memory, no numpy: a step of few tokens feels each call whose code is not in a cache.
+        # The tensors are these arrays, which must not change any more.
         host = [
             torch.frombuffer(rows.ids, dtype=torch.int64),
             torch.frombuffer(rows.positions, dtype=torch.int64),

@@ -14,7 +14,7 @@ class Tokens(NamedTuple):
     """The chosen tokens in columns: most steps have rows of three numbers and nothing else."""
 
     ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float]  # of the model itself: before bias, penalties, temperature and filters
     tops: list[TopTokens]  # of each, empty where nobody asked
 
     def of_rows(self, rows: Sequence[int]) -> "Tokens":

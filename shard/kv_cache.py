@@ -32,6 +32,5 @@ def side_by_side(tables: Sequence["array[int]"], columns: int) -> "array[int]":
     cells = array("i")
     for table in tables:
         cells.extend(table)
-        if len(table) < columns:
-            cells.extend([SCRATCH_BLOCK] * (columns - len(table)))
+        cells.extend(array("i", [SCRATCH_BLOCK]) * (columns - len(table)))
     return cells

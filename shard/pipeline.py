@@ -25,7 +25,7 @@ class Pipeline(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the device's thread go as soon as it can be."""
+        """Let go of the device's thread as soon as possible."""
         ...
 
     def replies(self) -> AsyncGenerator[shard_pb2.StepReply]:

@@ -84,7 +84,7 @@ def warm_up(
     if num_blocks < -(-request.max_context_len // engine.block_size):
         raise DeviceError(_explain(engine, request, weights, free, step, num_blocks))
     engine.allocate_cache(num_blocks)
-    engine.record_decodes(request.max_batch_size, request.max_context_len)
+    engine.record_decodes(request.max_batch_size, _longest(request))
     _rehearse(engine, layout, request.max_batch_size)
     return shard_pb2.WarmupReply(
         num_blocks=num_blocks,
@@ -104,9 +104,9 @@ def _rehearse(engine: Engine, layout: ImageLayout | None, max_batch: int) -> Non
     Kernels are compiled, and recordings brought to the device, when they are first used.
     """
     # Two tokens, as one alone is computed like a decode; a draw, as it takes a kernel of its own.
-    first = shard_pb2.Step()
-    blocks = range(1, 1 + -(-2 // engine.block_size))
-    first.chunks.add(token_ids=[0, 0], new_block_ids=blocks, is_last=True, num_prompt_tokens=2)
+    first, ids = shard_pb2.Step(), [0, 0]
+    blocks = range(1, 1 + -(-len(ids) // engine.block_size))
+    first.chunks.add(token_ids=ids, new_block_ids=blocks, is_last=True, num_prompt_tokens=len(ids))
     first.chunks[0].sampling.temperature = 1.0
     if layout is not None:
         pixels = bytes(3 * layout.tile**2)
@@ -182,7 +182,7 @@ def _try_worst_step(
     width, dtype = engine.model.width, engine.placement.dtype
     features = request.max_feature_tokens * width * dtype.itemsize
     # Over the trial's cache, to see what they take; they are made again over the real one.
-    recordings = engine.record_decodes(request.max_batch_size, request.max_context_len)
+    recordings = engine.record_decodes(request.max_batch_size, _longest(request))
     return StepMemory(vision, forward, sampling, features, recordings)
 
 
@@ -227,7 +227,9 @@ def _vision_trial(layout: ImageLayout) -> Trial:
 def _forward_trial(request: shard_pb2.WarmupRequest) -> Trial:
     def peak(engine: Engine, num_tokens: int) -> int:
         engine.allocate_cache(-(-num_tokens // engine.block_size))
-        batch = _worst_batch(engine, num_tokens, request.max_context_len)
+        # What a processor needs does not grow with the context, but its time does.
+        longest = request.max_context_len if _on_host(engine) else _longest(request)
+        batch = _worst_batch(engine, num_tokens, longest)
         num_layers = HOST_TRIAL_LAYERS if _on_host(engine) else engine.model.num_layers
         caches = engine.trial_caches(num_layers)
         return _peak_of(engine, lambda: _forward(engine, batch, caches))
@@ -237,6 +239,10 @@ def _forward_trial(request: shard_pb2.WarmupRequest) -> Trial:
 
 def _sampling_peak(engine: Engine, num_rows: int) -> int:
     return _peak_of(engine, lambda: _sample(engine, num_rows))
+
+
+def _longest(request: shard_pb2.WarmupRequest) -> int:
+    return max(request.longest_context_len, request.max_context_len)
 
 
 def _on_host(engine: Engine) -> bool:

@@ -36,7 +36,7 @@ def tokens_per_s(
                     )
                     for _ in range(rounds + 1)
                 ][1:]
-        except OSError as error:  # the log is gone with this process
+        except OSError as error:  # the log goes with its folder
             raise OSError(f"{error}\n{log.read_text()[-LOG_CHARACTERS:]}") from error
 
 

@@ -36,8 +36,8 @@ class Took:
 class Stopwatch:
     """Adds up the time spent in some functions.
 
-    It is the time that passes: asking for processor time is a call of the system, and several of
-    them take as long as what is between the functions.
+    It is the time that passes: asking for processor time is a call of the system, and so many of
+    them would be noticed beside what is between the functions.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class WatchedModel:
 
 
 class Shard:
-    """One rank. Times are processor time with one CPU thread and one rank, else wall time."""
+    """One rank. A step's time is processor time on one CPU thread of one rank, else wall time."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class Answer:
         usage: the server's counts of tokens; None until the end, and if it never comes.
         warnings: sentences of the server about what it did differently than asked.
         first_s: seconds from asking to the first piece; None before it.
-        seconds: from asking to what came last, which is the end of the answer in the end.
+        seconds: from asking to the latest chunk; once it is over, of the whole answer.
     """
 
     def __init__(self, pieces: Iterator[ChatCompletionChunk]) -> None:

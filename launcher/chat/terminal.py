@@ -104,7 +104,7 @@ def numbers(answer: Answer) -> list[str]:
     if answer.usage is None:
         return told
     tokens = answer.usage["completion_tokens"]
-    rate = f"{tokens / answer.seconds:.1f} tokens/s"
+    rate = f"{tokens / max(answer.seconds, 1e-9):.1f} tokens/s"
     told.append(f"{tokens} tokens in {answer.seconds:.2f} s ({rate})")
     details = answer.usage.get("prompt_tokens_details") or {}
     told.append(f"prompt {answer.usage['prompt_tokens']}")

@@ -18,7 +18,9 @@ from tessera.shard.quantized import GROUP, QuantizedWeight, quantize
 BITS = 4
 ROWS = 8  # of a weight, the kernel takes at once: it must have a multiple
 TILE = 16  # columns; as many tiles as possible lie together
-FEW_ROWS = 64  # of input, up to which the kernel reads less than floats would; reckoned for Hopper
+# Of input, up to which reading it again and again takes less time than making floats. Reckoned for
+# Hopper and not measured: 40 TFLOP/s of the kernel against 17 bytes for each weight.
+FEW_ROWS = 64
 
 
 class Int4Linear:

@@ -61,6 +61,7 @@ def test_a_chat_about_a_picture(browser: Browser, stack: Stack) -> None:
         visit.send("How many shapes are there?")
         assert visit.answer(1) == "Three."  # the picture is still known
         assert visit.number("cached", 1) >= 90
+        assert visit.number("rate", 1) > 0  # of few tokens too
 
 
 def test_stop_frees_the_sequence(browser: Browser, stack: Stack) -> None:

@@ -73,6 +73,13 @@ def test_the_cache_is_never_larger_than_can_be_used(files: ModelFiles) -> None:
     assert warmup_request(settings, INFO, files).max_blocks == 6
 
 
+def test_a_sequence_may_become_longer_than_there_must_be_room_for(files: ModelFiles) -> None:
+    asked = warmup_request(RouterSettings(), INFO, files)
+    assert (asked.max_context_len, asked.longest_context_len) == (32, files.max_positions)
+    asked = warmup_request(RouterSettings(max_total_tokens=50), INFO, files)
+    assert (asked.max_context_len, asked.longest_context_len) == (50, 50)
+
+
 def test_a_cache_of_less_than_a_block_is_refused(files: ModelFiles) -> None:
     assert warmup_request(RouterSettings(max_batch_total_tokens=16), INFO, files).max_blocks == 1
     with pytest.raises(SettingsError, match="MAX_BATCH_TOTAL_TOKENS=15 is less than one block"):

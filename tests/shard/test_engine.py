@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -72,6 +73,13 @@ class TableModel:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         return hidden_RD
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """As on a shard's thread."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -173,6 +174,18 @@ def test_prompts_and_long_tables_are_not_replayed() -> None:
     engine.run(shard_pb2.Step(chunks=[chunk(0, [1, 2, 3] * 4)]))
     row = DecodeRow(sequence_id=0, context_len=13, new_block_ids=[3])
     assert engine.run(shard_pb2.Step(decodes=columns(row))).tokens.token_ids
+
+
+def test_a_context_longer_than_there_must_be_room_for_is_replayed() -> None:
+    backend = AheadBackend(records=True)
+    engine = engine_of(backend)
+    must_fit = request(max_context_len=2 * BLOCK_SIZE, longest_context_len=13, max_blocks=40)
+    warm_up(engine, must_fit, memory_fraction=1.0, layout=None)
+    engine.run(shard_pb2.Step(chunks=[chunk(0, [1, 2, 3] * 4)]))
+    with patch.object(backend.recorded[-1], "replay") as replay:  # of one sequence
+        row = DecodeRow(sequence_id=0, context_len=13, new_block_ids=[3])
+        engine.run(shard_pb2.Step(decodes=columns(row)))
+    replay.assert_called_once()
 
 
 def test_guided_steps_are_finished_before_the_next() -> None:
