@@ -27,6 +27,7 @@ from tessera.launcher.run_folder import clear_stale_sockets, run_folder
 from tessera.launcher.settings import Settings
 from tessera.launcher.shared_memory import check_shared_memory, shared_memory_bytes
 from tessera.launcher.supervisor import (
+    CAUSE_WAIT_S,
     Child,
     ChildEnded,
     Events,
@@ -172,6 +173,7 @@ class Server:
         """
         timeout_s = self.settings.launcher.startup_timeout
         deadline: float | None = time.monotonic() + timeout_s  # a download came before it
+        lost = ""  # what the router says of a shard
         while True:
             try:
                 word = self.supervisor.wait_for_word(deadline)
@@ -179,6 +181,8 @@ class Server:
                 if ended.name == ROUTER:
                     raise
                 return str(ended)
+            if word is None and lost:
+                return lost
             if word is None:
                 raise LaunchError(
                     f"not ready after {timeout_s} s: waiting for {_missing(ranks)}; "
@@ -187,8 +191,9 @@ class Server:
             if word == READY:
                 deadline, self.ready = None, True
                 logger.info("ready: %s (%.1f s)", self.url, time.monotonic() - started)
-            elif (loss := parse_lost(word)) and loss[0] == incarnation:
-                return f"{loss[1]}."
+            elif not lost and (loss := parse_lost(word)) and loss[0] == incarnation:
+                # If the shard has ended, that says more, and is heard of in a moment.
+                lost, deadline = f"{loss[1]}.", time.monotonic() + CAUSE_WAIT_S
 
     def _check_restarts(self, reason: str, now: float) -> None:
         """Count one more.

@@ -29,7 +29,7 @@ MAX_LINE_BYTES = 16_384  # longer ones are cut into pieces
 TAIL_LINES = 20
 SHOWN_TAIL_LINES = 3
 ERROR_PREFIX = "Error: "  # of the one line with which our processes refuse to start
-CAUSE_WAIT_S = 1.0  # for the end of a process because of which another has ended
+CAUSE_WAIT_S = 1.0  # for the end of a process because of which another has ended or complains
 KILL_WAIT_S = 10.0  # until a killed process is gone; longer only when the system is stuck
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

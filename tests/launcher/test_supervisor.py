@@ -173,6 +173,25 @@ def test_a_shard_that_is_gone_is_named_though_the_router_ended_first(launch: Lau
     launched.assert_nothing_left(launched.pids)
 
 
+def test_a_shard_that_is_gone_is_named_though_the_router_said_so_first(launch: Launch) -> None:
+    launched = launch("--max-shard-restarts", "0")
+    launched.await_log("ready: ")
+    get(launched, "/report/lost+0+shard+1+is+gone")
+    kill_shard(launched, "1")
+    assert launched.await_end() == 1
+    assert "Error: shard 1 was killed by SIGKILL (signal 9)" in launched.log
+    launched.assert_nothing_left(launched.pids)
+
+
+def test_a_shard_that_hangs_is_named_in_the_routers_words(launch: Launch) -> None:
+    launched = launch("--max-shard-restarts", "0")
+    launched.await_log("ready: ")
+    get(launched, "/report/lost+0+shard+1+has+not+answered")
+    assert launched.await_end() == 1
+    assert "Error: shard 1 has not answered.\n" in launched.log
+    launched.assert_nothing_left(launched.pids)
+
+
 def test_a_start_that_takes_too_long_names_who_is_missing(launch: Launch) -> None:
     launched = launch("--startup-timeout", "1", stub={"shard 1": ["late"]})
     assert launched.await_end() == 1
