@@ -181,8 +181,10 @@ class Server:
                 if ended.name == ROUTER:
                     raise
                 return str(ended)
-            if word is None and lost:
-                return lost
+            if lost:
+                if word is None:
+                    return lost
+                continue  # what else the router says does not matter any more
             if word is None:
                 raise LaunchError(
                     f"not ready after {timeout_s} s: waiting for {_missing(ranks)}; "
@@ -191,7 +193,7 @@ class Server:
             if word == READY:
                 deadline, self.ready = None, True
                 logger.info("ready: %s (%.1f s)", self.url, time.monotonic() - started)
-            elif not lost and (loss := parse_lost(word)) and loss[0] == incarnation:
+            elif (loss := parse_lost(word)) and loss[0] == incarnation:
                 # If the shard has ended, that says more, and is heard of in a moment.
                 lost, deadline = f"{loss[1]}.", time.monotonic() + CAUSE_WAIT_S
 

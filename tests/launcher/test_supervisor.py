@@ -96,9 +96,15 @@ def kill_shard(launched: Launched, rank: str) -> None:
     os.kill(started[-1], signal.SIGKILL)
 
 
-def test_a_killed_shard_is_named_with_its_signal(launch: Launch) -> None:
+@pytest.mark.parametrize(
+    "words", [(), ("lost+0+shard+1+is+gone",), ("lost+0+shard+1+is+gone", "ready")]
+)
+def test_a_killed_shard_is_named_with_its_signal(launch: Launch, words: tuple[str, ...]) -> None:
+    """Whatever the router says of it first."""
     launched = launch("--max-shard-restarts", "0")
     launched.await_log("ready: ")
+    for word in words:
+        get(launched, f"/report/{word}")
     kill_shard(launched, "1")
     assert launched.await_end() == 1
     assert "Error: shard 1 was killed by SIGKILL (signal 9)" in launched.log
@@ -173,20 +179,11 @@ def test_a_shard_that_is_gone_is_named_though_the_router_ended_first(launch: Lau
     launched.assert_nothing_left(launched.pids)
 
 
-def test_a_shard_that_is_gone_is_named_though_the_router_said_so_first(launch: Launch) -> None:
-    launched = launch("--max-shard-restarts", "0")
-    launched.await_log("ready: ")
-    get(launched, "/report/lost+0+shard+1+is+gone")
-    kill_shard(launched, "1")
-    assert launched.await_end() == 1
-    assert "Error: shard 1 was killed by SIGKILL (signal 9)" in launched.log
-    launched.assert_nothing_left(launched.pids)
-
-
 def test_a_shard_that_hangs_is_named_in_the_routers_words(launch: Launch) -> None:
     launched = launch("--max-shard-restarts", "0")
     launched.await_log("ready: ")
     get(launched, "/report/lost+0+shard+1+has+not+answered")
+    get(launched, "/report/ready")
     assert launched.await_end() == 1
     assert "Error: shard 1 has not answered.\n" in launched.log
     launched.assert_nothing_left(launched.pids)
